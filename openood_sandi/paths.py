@@ -1,0 +1,250 @@
+"""The attribution paths z^0, z^1, ..., z^{T-1} of every split, and the gradients along them (Eq. 9).
+
+Two drivers: :func:`walk_splits` attacks every split on its own from its clean activation, as S&I does;
+:func:`walk_input` attacks the input alone (the paper's ablation without layer splitting). Both report to an
+:class:`Observer` and keep no second-order graph; parameters are expected frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from openood_sandi import lanes
+from openood_sandi.attack import Attack, Loss, Objective
+from openood_sandi.replay import ReplayError, Site, Tape
+
+__all__ = ["Observer", "Plan", "walk_input", "walk_splits"]
+
+Plan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
+"""From clean logits (B, classes) and clean F to the objective of each split (F's own included, if it has one)."""
+
+
+class Observer(Protocol):
+    """Takes in what happens along the paths; gradients of one split come in the order i = 1..T."""
+
+    needs_motion: bool
+    """Whether ``motion`` is wanted, for which alone the last step of a path is taken."""
+
+    def gradient(self, site: Site, gradient: Tensor) -> None:
+        """g_i, of the split's shape (B, ...)."""
+
+    def motion(self, site: Site, offset: Tensor) -> None:
+        """z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i."""
+
+
+def walk_splits(
+    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, budget: int
+) -> Tensor:
+    """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W) and returns the clean logits (B, classes).
+
+    i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the suffixes of as
+    many splits at a time as ``budget`` bytes hold (at least one); the arithmetic of a split is the same however
+    they are grouped.
+    """
+    clean: dict[Site, Tensor] = {}
+    logits = tape.record(x, _leaves(clean))
+    objectives = plan(logits, clean.get(feature) if feature is not None else None)
+    directions: dict[Site, Tensor] = {}
+    takes_step = attack.steps > 1 or observer.needs_motion
+
+    def keep_direction(site: Site, gradient: Tensor) -> None:
+        directions[site] = gradient.sign().to(torch.int8)
+
+    alive = _differentiate(
+        objectives, logits, clean, feature, observer.gradient, keep_direction if takes_step else None
+    )
+    logits = logits.detach()
+    clean = {site: z.detach() for site, z in clean.items()}
+    tape.release_graph()
+    if not takes_step:
+        return logits
+    for chunk in _chunks(tape, [site for site in clean if site in objectives], budget):
+        z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
+        _report_motion(observer, z, clean)
+        for i in range(2, attack.steps + 1):
+            last = i == attack.steps and not observer.needs_motion
+            signs = _replay(tape, x, z, objectives, feature, observer, takes_step=not last, alive=alive)
+            if not last:
+                moved = {site: attack.advance(z[site], clean[site], signs.pop(site)) for site in chunk}
+                _report_motion(observer, moved, z)
+                z = moved
+    return logits
+
+
+def _replay(
+    tape: Tape, x: Tensor, z: dict[Site, Tensor], objectives: dict[Site, Objective], feature: Site | None,
+    observer: Observer, *, takes_step: bool, alive: set[Site],
+) -> dict[Site, Tensor]:  # fmt: skip
+    """One replay with each split of ``z`` at its perturbed value in a lane of its own; returns the next signs."""
+    lane = {site: number for number, site in enumerate(z)}
+    ids = tuple(lane.values())
+    leaves = {site: value.detach().requires_grad_(True) for site, value in z.items()}
+    maps: list[Tensor] = []
+
+    def tap(site: Site, tensor: Tensor) -> Tensor:
+        if site in leaves:
+            tensor = lanes.join(tensor, lane[site], leaves[site])
+        if site == feature:
+            maps.append(tensor)
+        return tensor
+
+    logits = tape.replay(x, tap)
+    arrived = {number for tensor in (logits, *maps) for number in (lanes.lanes_of(tensor) or ((),))[0]}
+    lost = [site.name for site in z if site in alive and lane[site] not in arrived]
+    if lost:
+        raise ReplayError(
+            f"the perturbation of split point {lost[0]!r} was lost on its way to the logits, in something torch cannot "
+            "see into (a scripted module, checkpoint(), a custom autograd function); choose split points behind it"
+        )
+    logits = lanes.widen(logits, ids)
+    features = lanes.widen(maps[-1], ids) if maps else None
+    signs: dict[Site, Tensor] = {}
+    losses = _by_loss({site: objectives[site] for site in z}, takes_step)
+    for remaining, (loss, (attributed, stepped)) in zip(range(len(losses) - 1, -1, -1), losses.items()):
+        sites = list(dict.fromkeys([*attributed, *stepped]))
+        rows = slice(None) if len(sites) == len(ids) else [lane[site] for site in sites]
+        value = loss(logits[rows], None if features is None else features[rows])
+        for site, gradient in zip(sites, _gradients(value, [leaves[site] for site in sites], retain=remaining > 0)):
+            if site in attributed:
+                observer.gradient(site, gradient)
+            if site in stepped:
+                signs[site] = gradient.sign()
+    return signs
+
+
+def walk_input(
+    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, ascent: Callable[[Tensor], Loss], attack: Attack,
+    observer: Observer,
+) -> Tensor:  # fmt: skip
+    """Walks one path, that of the input ``x`` (B, C, H, W), and returns the clean logits (B, classes).
+
+    x^i = x^{i-1} + eta sign(d ascent / dx); g_i of every split is its gradient in the pass over x^{i-1}. ``ascent``
+    makes the loss from the clean logits.
+    """
+    attacked = x.detach()
+    before: dict[Site, Tensor] = {}
+    for i in range(1, attack.steps + 1 + observer.needs_motion):
+        attacked.requires_grad_(True)
+        z: dict[Site, Tensor] = {}
+        logits = tape.record(attacked, _leaves(z))
+        now = {site: value.detach() for site, value in z.items()}
+        if before and observer.needs_motion:
+            _report_motion(observer, now, before)
+        if i > attack.steps:
+            break
+        if i == 1:
+            clean_logits = logits.detach()
+            objectives = plan(logits, z.get(feature) if feature is not None else None)
+            step_loss = ascent(clean_logits)
+        (gradient,) = _gradients(step_loss(logits[None], None), [attacked], retain=True)
+        _differentiate(objectives, logits, z, feature, observer.gradient, None, roots=[attacked])
+        attacked = attack.advance(attacked.detach(), x, gradient.sign())
+        before = now
+    return clean_logits
+
+
+def _leaves(store: dict[Site, Tensor]) -> Callable[[Site, Tensor], Tensor]:
+    """A tap that puts each site's activation into ``store``, as a tensor to differentiate with respect to.
+
+    Always a new tensor object: what else the network does with the old one happened before the split.
+    """
+
+    def tap(site: Site, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            raise ReplayError(f"split point {site.name!r} holds {tensor.dtype}, which has no gradient")
+        store[site] = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_(True)
+        return store[site]
+
+    return tap
+
+
+def _by_loss(objectives: dict[Site, Objective], takes_step: bool) -> dict[Loss, tuple[list[Site], list[Site]]]:
+    """For each loss, one backward pass: the sites that it attributes and those that ascend it."""
+    losses: dict[Loss, tuple[list[Site], list[Site]]] = {}
+    for site, objective in objectives.items():
+        losses.setdefault(objective.attribution, ([], []))[0].append(site)
+        if takes_step:
+            losses.setdefault(objective.ascent, ([], []))[1].append(site)
+    return losses
+
+
+def _differentiate(
+    objectives: dict[Site, Objective], logits: Tensor, z: dict[Site, Tensor], feature: Site | None,
+    on_attribution: Callable[[Site, Tensor], None], on_ascent: Callable[[Site, Tensor], None] | None,
+    roots: Sequence[Tensor] = (),
+) -> set[Site]:  # fmt: skip
+    """Hands on the gradients of the recorded pass, each as it arrives; returns the sites that any loss depends on."""
+    features = None if feature is None else z[feature].unsqueeze(0)
+    alive: set[Site] = set()
+    losses = _by_loss(objectives, on_ascent is not None)
+    for remaining, (loss, (attributed, stepped)) in zip(range(len(losses) - 1, -1, -1), losses.items()):
+
+        def receive(site: Site, gradient: Tensor) -> None:
+            if site in attributed:
+                on_attribution(site, gradient)
+            if site in stepped and on_ascent is not None:
+                on_ascent(site, gradient)
+
+        sites = dict.fromkeys([*attributed, *stepped])
+        value = loss(logits.unsqueeze(0), features)
+        alive |= _backward(value, {site: z[site] for site in sites}, roots, receive, retain=remaining > 0)
+    return alive
+
+
+def _backward(
+    value: Tensor, z: dict[Site, Tensor], roots: Sequence[Tensor], receive: Callable[[Site, Tensor], None], retain: bool
+) -> set[Site]:
+    """Calls ``receive`` with d value / dz of every site: no two gradients are held at once."""
+    arrived: set[Site] = set()
+
+    def hook_for(site: Site) -> Callable[[Tensor], None]:
+        def fire(gradient: Tensor) -> None:
+            arrived.add(site)
+            receive(site, gradient)
+
+        return fire
+
+    handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]
+    try:
+        if value.requires_grad:
+            # To reach the roots, the backward pass goes through every other site on its way.
+            ends = list(roots) or [t for t in z.values() if t.is_leaf] or list(z.values())
+            torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in z.keys() - arrived:
+        receive(site, torch.zeros_like(z[site]))
+    return arrived
+
+
+def _gradients(value: Tensor, tensors: Sequence[Tensor], retain: bool) -> Sequence[Tensor]:
+    """d value / d tensor for each of ``tensors``, zero where there is no dependence."""
+    if not value.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return torch.autograd.grad(value, tensors, retain_graph=retain, allow_unused=True, materialize_grads=True)
+
+
+def _report_motion(observer: Observer, after: dict[Site, Tensor], before: dict[Site, Tensor]) -> None:
+    if observer.needs_motion:
+        for site, z in after.items():
+            observer.motion(site, z - before[site])
+
+
+def _chunks(tape: Tape, sites: Iterable[Site], budget: int) -> Iterator[list[Site]]:
+    """Consecutive sites whose suffixes fit ``budget`` bytes together, one at least."""
+    chunk: list[Site] = []
+    total = 0
+    for site in sites:
+        cost = 2 * tape.suffix_bytes(site)  # activations kept for the backward pass, and their gradients
+        if chunk and total + cost > budget:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(site)
+        total += cost
+    if chunk:
+        yield chunk

@@ -1,0 +1,311 @@
+"""Record a network's forward pass once, then replay what lies behind many splits at once.
+
+``record`` runs the network under a :class:`torch.overrides.TorchFunctionMode` that keeps every call's result on a tape.
+``replay`` runs the same Python again: a call that sees no perturbed tensor returns its recorded result, so the
+prefix of a split and the residual branches that left before it cost nothing and keep their clean value; a call that
+sees perturbed tensors runs for all their copies at once (:mod:`openood_sandi.lanes`). Nothing is traced or compiled:
+control flow, reused modules and functional calls are whatever the network's own code does.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from openood_sandi import lanes
+
+__all__ = ["Call", "ReplayError", "Site", "Tape"]
+
+
+class ReplayError(RuntimeError):
+    """The network does something that a replay cannot repeat; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the forward pass that holds a tensor."""
+
+    name: str
+    module: str | None
+    """Qualified name of the module whose output the tensor is; None for the result of a single torch call."""
+    index: int
+    """Which call of that module, from 1; without a module, the call's position on the tape."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One torch call of a recorded forward pass."""
+
+    name: str
+    result: Any
+    producers: tuple[int, ...]
+    """Tape positions that its tensor arguments came from, in order; -1 for the input, parameters and buffers."""
+
+
+Tap = Callable[[Site, Tensor], Tensor]
+"""Called with each site and its tensor as the pass gets there; what it returns flows on instead."""
+
+
+def _keep(site: Site, tensor: Tensor) -> Tensor:
+    """A tap that changes nothing."""
+    return tensor
+
+
+class Tape(TorchFunctionMode):
+    """The recorded forward pass of ``net``, with ``sites`` to tap.
+
+    Args:
+        net: a network in eval mode. It is only ever called; hooks are set for the length of a pass.
+        sites: the places where the ``tap`` of a pass is called.
+    """
+
+    def __init__(self, net: nn.Module, sites: Iterable[Site] = ()) -> None:
+        super().__init__()
+        self.net = net
+        self.calls: list[Call] = []
+        self.reached: dict[Site, int] = {}
+        """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
+        sites = tuple(sites)
+        modules = dict(net.named_modules())
+        self._at_module = {(site.module, site.index): site for site in sites if site.module is not None}
+        self._at_call = {site.index: site for site in sites if site.module is None}
+        self._hooked = {name: modules[name] for name, _ in self._at_module}
+        self._tap: Tap = _keep
+        self._sizes: list[int] = []
+        self._recording = False
+        self._position = 0
+        self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self._origin: dict[int, tuple[Tensor, int]] = {}
+
+    def record(self, x: Tensor, tap: Tap = _keep) -> Tensor:
+        """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
+        self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
+        try:
+            return self._run(x, tap)
+        finally:
+            self._recording = False
+            self._origin.clear()
+
+    def release_graph(self) -> None:
+        """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
+        detached: dict[int, tuple[Tensor, Tensor]] = {}  # one object stays one object: in-place aliasing relies on it
+
+        def detach(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            return detached.setdefault(id(tensor), (tensor, tensor.detach()))[1]
+
+        self.calls = [Call(c.name, lanes.map_tensors(c.result, detach), c.producers) for c in self.calls]
+
+    def replay(self, x: Tensor, tap: Tap) -> Tensor:
+        """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses."""
+        return self._run(x, tap)
+
+    def suffix_bytes(self, site: Site) -> int:
+        """Size of all results that lie behind ``site``: what one more lane of it adds to a replay's forward pass."""
+        if not self._sizes:
+            for call in reversed(self.calls):
+                size: list[int] = []
+                lanes.map_tensors(call.result, lambda t: size.append(t.numel() * t.element_size()))
+                self._sizes.append(sum(size) + (self._sizes[-1] if self._sizes else 0))
+        return self._sizes[len(self.calls) - 1 - min(self.reached[site], len(self.calls) - 1)]
+
+    def _run(self, x: Tensor, tap: Tap) -> Tensor:
+        self._tap = tap
+        self._position = 0
+        visits: Counter[str] = Counter()
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+            def fire(module: nn.Module, args: Any, output: Any) -> Any:
+                visits[name] += 1
+                site = self._at_module.get((name, visits[name]))
+                if site is None:
+                    return None
+                with torch._C.DisableTorchFunction():  # what the tap computes is not the network's
+                    return self._visit(site, output)
+
+            return fire
+
+        handles = []
+        try:
+            for name, module in self._hooked.items():
+                handles.append(module.register_forward_hook(hook_for(name)))
+            with self:
+                output = self.net(x)
+            return self.current(output) if isinstance(output, Tensor) else output
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._replaced.clear()
+            self._tap = _keep
+
+    def _visit(self, site: Site, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ReplayError(
+                f"split point {site.name!r} returns {type(output).__name__}, not a tensor; "
+                f"name a submodule of it that returns one tensor"
+            )
+        if self._recording:
+            self.reached[site] = self._position
+        return self._tap(site, self.current(output))
+
+    def current(self, tensor: Tensor) -> Tensor:
+        """What ``tensor`` holds now: in-place calls leave it alone and are remembered here instead."""
+        while id(tensor) in self._replaced:
+            tensor = self._replaced[id(tensor)][1]
+        return tensor
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            return None  # a network that freezes some of its layers under no_grad still has gradients to attribute
+        if self._replaced:
+            args = lanes.map_tensors(args, self.current)
+            kwargs = lanes.map_tensors(kwargs, self.current)
+        func, args, kwargs, target = _out_of_place(func, args, kwargs)
+        if self._recording:
+            result = self._record_call(func, args, kwargs)
+        else:
+            result = self._replay_call(func, args, kwargs)
+        if target is not None and isinstance(result, Tensor) and result is not target:
+            self._replaced[id(target)] = (target, result)
+        site = self._at_call.get(self._position)
+        self._position += 1
+        return result if site is None else self._visit(site, result)
+
+    def _record_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        producers: list[int] = []
+        lanes.map_tensors((args, kwargs), lambda t: producers.append(self._origin.get(id(t), (t, -1))[1]))
+        result = func(*args, **kwargs)
+        position = len(self.calls)
+        # Keeping the tensor beside its position keeps its id from being reused.
+        lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
+        self.calls.append(Call(_name(func), result, tuple(producers)))
+        return result
+
+    def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorded = self.calls[self._position] if self._position < len(self.calls) else None
+        if recorded is None or recorded.name != _name(func):
+            expected = "the end" if recorded is None else repr(recorded.name)
+            raise ReplayError(
+                f"call {self._position} of the forward pass was {_name(func)!r} but {expected} when recorded: the "
+                f"network's control flow changes from one pass to the next, so its layers cannot be split"
+            )
+        perturbed = lanes.find((args, kwargs))
+        if not perturbed:
+            return recorded.result
+        if lanes.has_tensor(recorded.result):
+            if func is _set_item:
+                args = (lanes.spread(args[0], perturbed), *args[1:])
+            return self._call_lanes(func, args, kwargs, recorded.result)
+        if _name(func) in _VALUES:
+            _require_unchanged(func, perturbed, recorded.result)
+        return recorded.result
+
+    def _call_lanes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
+        try:
+            return lanes.call(func, args, kwargs, clean)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ReplayError(
+                f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
+                f"at once ({error}); choose split points behind it"
+            ) from error
+
+
+# Calls that turn a tensor's values into Python data, on which control flow may depend.
+_VALUES = frozenset(
+    ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "__array__", "equal", "allclose", "is_nonzero")
+)
+
+
+def _require_unchanged(func: Callable[..., Any], perturbed: Sequence[Tensor], recorded: Any) -> None:
+    """Python data taken from a perturbed tensor is right for every lane only if it is the recorded one in each."""
+    if len(perturbed) == 1 and perturbed[0][0].numel() == 1:
+        if all(func(lane) == recorded for lane in perturbed[0]):
+            return
+    raise ReplayError(
+        f"the network turns a perturbed tensor into Python data ({_name(func)}), which differs from one perturbed copy "
+        f"to the next; keep it a tensor in the network's forward, or choose split points behind that place"
+    )
+
+
+def _name(func: Callable[..., Any]) -> str:
+    owner = getattr(func, "__self__", None)
+    name = getattr(func, "__name__", str(func))
+    return f"{getattr(owner, '__name__', '')}.{name}" if name in ("__get__", "__set__") else name
+
+
+_IN_PLACE = re.compile(r"[a-z0-9]\w*[a-z0-9]_|[a-z0-9]_")
+_IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|div|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)__")
+
+
+def _set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.expand_as(tensor).to(tensor.dtype, copy=True)
+
+
+_TWINS: dict[str, Callable[..., Any]] = {
+    "__setitem__": _set_item,
+    "copy_": _copy,
+    "zero_": torch.zeros_like,
+    "fill_": torch.full_like,
+    "detach_": Tensor.detach,
+}
+_NOT_DATA = frozenset(("requires_grad_", "share_memory_"))
+
+
+def _out_of_place(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The call with an in-place function exchanged for its out-of-place twin, and the tensor it would have changed.
+
+    Recorded results must keep the value they had, and a leaf of the autograd graph must not be written to.
+    """
+    name = getattr(func, "__name__", "")
+    if kwargs.get("inplace") is True:
+        return func, args, {**kwargs, "inplace": False}, args[0] if args else kwargs["input"]
+    twin = _TWINS.get(name)
+    if twin is None and name not in _NOT_DATA:
+        if _IN_PLACE_OPERATOR.fullmatch(name):
+            twin = getattr(Tensor, "__" + name[3:], None)
+        elif _IN_PLACE.fullmatch(name):
+            twin = next((getattr(s, name[:-1]) for s in (Tensor, F, torch) if hasattr(s, name[:-1])), None)
+            if twin is None:
+                raise ReplayError(
+                    f"the network calls {name!r}, which changes a tensor in place and has no out-of-place twin; "
+                    f"write it without the trailing underscore in the network's forward"
+                )
+    if twin is None:
+        return func, args, kwargs, None
+    target = args[0] if args else kwargs["input"]
+    if any(isinstance(arg, Tensor) and arg.dtype != target.dtype for arg in args[1:]):
+        twin = _keeping_dtype(twin, target.dtype)
+    return twin, args, kwargs, target
+
+
+def _keeping_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``function`` without type promotion, as its in-place twin would have it."""
+
+    @functools.wraps(function)
+    def converted(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs).to(dtype)
+
+    return converted

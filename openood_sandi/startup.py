@@ -1,0 +1,45 @@
+"""What runs at every Python start: put a finder in place that waits for OpenOOD, and nothing else.
+
+``openood_sandi.pth`` (``openood_sandi.start`` from Python 3.15 on, PEP 829) in site-packages calls
+:func:`activate`. Until a module named ``openood`` is imported this costs one string comparison an import;
+only then is :mod:`openood_sandi.plugin` loaded. The module imports nothing that Python has not imported by then.
+
+Set the environment variable ``OPENOOD_SANDI_DISABLE`` to anything but ``0`` to switch it off.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+SWITCH = "OPENOOD_SANDI_DISABLE"
+
+
+class OpenOODFinder:
+    """Meta-path finder for ``openood`` and its submodules; leaves every other name alone."""
+
+    @staticmethod
+    def find_spec(
+        fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        if fullname != "openood" and not fullname.startswith("openood."):
+            return None
+        from openood_sandi import plugin
+
+        return plugin.find_openood(fullname, path, target)
+
+
+def activate() -> None:
+    """Put :class:`OpenOODFinder` first on ``sys.meta_path``, once, unless the environment switches it off."""
+    if os.environ.get(SWITCH, "0") in ("", "0"):
+        install()
+
+
+def install() -> None:
+    """Put :class:`OpenOODFinder` first on ``sys.meta_path``, once."""
+    if OpenOODFinder not in sys.meta_path:
+        sys.meta_path.insert(0, OpenOODFinder)

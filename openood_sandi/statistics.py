@@ -1,0 +1,129 @@
+"""From the gradients along the paths to densities E (Eq. 11-13), the score tau (Eq. 14) and the maps of Eq. 10."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openood_sandi.replay import Site
+from openood_sandi.splitting import Split
+
+__all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]
+
+
+def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """tau = sqrt(sum_{j,k} E_{j,k}^2), Eq. 14: (B,) in ``dtype`` from (B, K_j) for each split j."""
+    return torch.cat(list(densities.values()), dim=1).square().sum(dim=1).sqrt().to(dtype)
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """The dtype that sums over channels are taken in, so that they do not depend on the order of summation."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _by_position(tensor: Tensor, channel_axis: int) -> Tensor:
+    """(B, ..., K, ...) as (B, K, positions)."""
+    return tensor.movedim(channel_axis, 1).unsqueeze(-1).flatten(2)
+
+
+class NonZeroDensity:
+    """E of S&I-Z, Eq. 11: the share of a channel's positions and iterates i = 1..T whose gradient g_i is not zero.
+
+    Args:
+        splits: the split points.
+        steps: T.
+        combine: "count": the share of (position, i); "union": of positions where any g_i is not zero (GAIA-Z for every
+            T, as an inactive unit never moves); "intersection": of positions where all are.
+    """
+
+    needs_motion = False
+
+    def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:
+        self._axes = {split.site: split.channel_axis for split in splits}
+        self._steps, self._combine = steps, combine
+        self._counts: dict[Site, Tensor] = {}
+        self._masks: dict[Site, Tensor] = {}
+        self._sizes: dict[Site, int] = {}
+
+    def gradient(self, site: Site, gradient: Tensor) -> None:
+        axis = self._axes.get(site)
+        if axis is None:
+            return
+        nonzero = _by_position(gradient != 0, axis)
+        self._sizes[site] = nonzero.shape[2]
+        if self._combine == "count":
+            count = nonzero.sum(2)
+            self._counts[site] = self._counts[site].add_(count) if site in self._counts else count
+        elif site not in self._masks:
+            self._masks[site] = nonzero
+        elif self._combine == "union":
+            self._masks[site] |= nonzero
+        else:
+            self._masks[site] &= nonzero
+
+    def densities(self) -> dict[str, Tensor]:
+        """{split name: (B, K)}, in [0, 1]."""
+        result: dict[str, Tensor] = {}
+        for site in self._axes:
+            counting = self._combine == "count"
+            count = self._counts[site] if counting else self._masks[site].sum(2)
+            result[site.name] = count.to(_exact(count.device)) / (self._sizes[site] * (self._steps if counting else 1))
+        return result
+
+
+class ChannelAverage:
+    """E of S&I-A, Eq. 12-13: a channel's mean gradient of F, over the square root of F's mean log-softmax gradient.
+
+    E_{j,k} = |mean_{i,positions} d(sum of F)/dz_{j,k}| / sqrt(mean_c |mean_{i,positions} d(sum log-softmax)/dF_c|),
+    the first at z_j^{i-1}, the second at F^{i-1}; "sum of F" is defined by :func:`openood_sandi.attack.top_channels`.
+
+    Args:
+        splits: the split points, without F.
+        feature: F.
+        steps: T.
+    """
+
+    needs_motion = False
+
+    def __init__(self, splits: Sequence[Split], feature: Split, steps: int) -> None:
+        self._axes = {split.site: split.channel_axis for split in (*splits, feature)}
+        self._splits, self._feature, self._steps = splits, feature, steps
+        self._sums: dict[Site, Tensor] = {}
+
+    def gradient(self, site: Site, gradient: Tensor) -> None:
+        mean = _by_position(gradient, self._axes[site]).mean(2)
+        self._sums[site] = self._sums[site].add_(mean) if site in self._sums else mean
+
+    def densities(self) -> dict[str, Tensor]:
+        """{split name: (B, K)}, not negative."""
+        exact = _exact(self._sums[self._feature.site].device)
+        mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
+        output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
+        return {split.name: mean[split.site] / output for split in self._splits}
+
+
+class AttributionMaps:
+    """A_j of Eq. 10, sum_i (z_j^i - z_j^{i-1}) g_i, summed over channels."""
+
+    needs_motion = True
+
+    def __init__(self, splits: Sequence[Split]) -> None:
+        self._axes = {split.site: split.channel_axis for split in splits}
+        self._latest: dict[Site, Tensor] = {}
+        self._maps: dict[Site, Tensor] = {}
+
+    def gradient(self, site: Site, gradient: Tensor) -> None:
+        self._latest[site] = gradient
+
+    def motion(self, site: Site, offset: Tensor) -> None:
+        part = (offset * self._latest.pop(site)).sum(self._axes[site])
+        self._maps[site] = self._maps[site].add_(part) if site in self._maps else part
+
+    def maps(self) -> dict[str, Tensor]:
+        """{split name: (B, R, S)}; tokens and vectors have S = 1."""
+        return {
+            site.name: self._maps[site].flatten(1).unsqueeze(-1) if self._maps[site].dim() < 3 else self._maps[site]
+            for site in self._axes
+        }
