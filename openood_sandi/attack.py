@@ -49,7 +49,8 @@ class Attack:
             return moved
         offset = moved - origin
         length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp_min(torch.finfo(z.dtype).tiny)
-        return origin + offset * (self.epsilon / length).clamp(max=1).view(-1, *[1] * (z.dim() - 1))
+        shrink = (self.epsilon / length).clamp(max=1).view(-1, *[1] * (z.dim() - 1))
+        return torch.addcmul(origin, offset, shrink)
 
 
 def max_logit(logits: Tensor, feature: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """``python main.py --postprocessor NAME``: what OpenOOD's command line gains.
 
-With ``--config`` the named postprocessor's yml takes the place of any under ``postprocessors/`` in that list. Without
-it, the command runs OpenOOD's CIFAR-100 protocol (:mod:`openood_sandi.protocol`). NAME is one that a package offers or
-one of OpenOOD's own; every other ``--key value`` keeps its meaning.
+With ``--config`` the named postprocessor's yml takes the place of any under ``postprocessors/`` in that list.
+Without it, the command runs OpenOOD's CIFAR-100 protocol (:mod:`openood_sandi.protocol`). NAME is one that a
+package offers or one of OpenOOD's own; every other ``--key value`` keeps its meaning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def setup_config(own: Callable[[], Any]) -> Any:
     """OpenOOD's ``setup_config``, here ``own``, with ``--postprocessor NAME`` put into its terms.
 
     Raises:
-        SystemExit: no postprocessor has that name, or files of the protocol are missing; the message says which.
+        SystemExit: no postprocessor has that name, or files of the protocol are missing; the message says
+        which.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+")
@@ -66,7 +67,7 @@ def _checkout() -> Path:
         if (root / "configs" / "postprocessors").is_dir():
             return root
     raise SystemExit(
-        f"--postprocessor needs OpenOOD's configs/ folder, which is in neither of {', '.join(map(str, roots))}: "
+        f"--postprocessor needs OpenOOD's configs/, which is not in {' nor in '.join(map(str, roots))}: "
         "run main.py of a checkout (git clone https://github.com/Jingkang50/OpenOOD)"
     )
 

@@ -1,8 +1,8 @@
 """OpenOOD on a machine without a GPU.
 
-OpenOOD calls ``.cuda()`` on networks and batches whether there is a GPU or not, and loads checkpoints that were saved
-on one. Where torch sees none, these calls, when they come from OpenOOD's own files, leave everything on
-the CPU. With a GPU nothing is changed, and code that is not OpenOOD's never notices.
+OpenOOD calls ``.cuda()`` on networks and batches whether there is a GPU or not, and loads checkpoints that
+were saved on one. Where torch sees none, these calls, when they come from OpenOOD's own files, leave
+everything on the CPU. With a GPU nothing is changed, and code that is not OpenOOD's never notices.
 """
 
 from __future__ import annotations

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from openood_sandi import memory, statistics
+from openood_sandi import checks
 from openood_sandi.attack import Attack, Loss, Objective, cross_entropy, log_softmax_sum, max_logit, top_channels
-from openood_sandi.paths import Observer, walk_input, walk_splits
+from openood_sandi.memory import free_memory
+from openood_sandi.paths import Observer, Plan, walk_gates, walk_input, walk_splits
+from openood_sandi.rectifiers import Gate, find_gates
 from openood_sandi.replay import ReplayError, Site, Tape
 from openood_sandi.splitting import Split, survey
+from openood_sandi.statistics import AttributionMaps, ChannelAverage, NonZeroDensity, score
 
 __all__ = ["SandI"]
 
-_CHOICES = {
-    "variant": ("auto", "Z", "A"),
-    "combine": ("count", "union", "intersection"),
-    "attribution": ("max_logit", "cross_entropy"),
-    "ascent": ("cross_entropy", "max_logit"),
-    "top_over": ("channels", "labels"),
-}
+_log = logging.getLogger(__name__)
+
+# Gates are compared with true gradients on this many images of the first batch, and on one more image every so many.
+_FIRST_CHECK = 4
+_CHECK_EVERY = 1024
 
 
 class SandI:
@@ -47,12 +50,14 @@ class SandI:
         epsilon: the radius of Eq. 4's L2 ball; infinite, the default, for none.
         combine: Z over the T gradients: "count" the non-zero ones, or the "union" or "intersection" of positions.
         attribution: L_attr, whose gradient is attributed by Z and :meth:`explain`: "max_logit" or "cross_entropy".
-        ascent: L_step, which the path ascends: "cross_entropy" of the class predicted on the clean input, or "max_logit"; with the
-            latter A ascends the function that it attributes, as the released code does.
+        ascent: L_step, which the path ascends: "cross_entropy" of the class predicted on the clean input, or
+            "max_logit"; with the latter A ascends the function that it attributes, as the released code does.
         top_fraction: the "top 90 %" of Eq. 12, at least one.
         top_over: of what: "channels" of F, by the gradient of the summed logits, as released; or "labels", by logit, as
             the paper words it: log-softmax is then summed over those labels, and F over all channels.
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
+        rectifier_shortcut: whether Z may read the pattern of gradients off a rectifier's mask where the two were seen
+            to agree (up to two steps, or "union"; see :mod:`openood_sandi.rectifiers`); False computes every gradient.
         memory_fraction: the share of the device's free memory that a batch's replays may plan for.
 
     Raises:
@@ -76,21 +81,16 @@ class SandI:
         top_fraction: float = 0.9,
         top_over: str = "channels",
         splitting: bool = True,
+        rectifier_shortcut: bool = True,
         memory_fraction: float = 0.5,
     ) -> None:
-        given = dict(variant=variant, combine=combine, attribution=attribution, ascent=ascent, top_over=top_over)
-        for option, value in given.items():
-            if value not in _CHOICES[option]:
-                raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: expected a whole number of gradients, at least 1")
-        _require_positive(step_size=step_size, epsilon=epsilon, top_fraction=top_fraction, memory_fraction=memory_fraction)
-        if math.isinf(step_size):
-            raise ValueError("step_size=inf: expected a finite step")
-        for option, share in (("top_fraction", top_fraction), ("memory_fraction", memory_fraction)):
-            if share > 1:
-                raise ValueError(f"{option}={share!r}: expected a share, at most 1")
-        self.net = _unwrapped(net)
+        checks.require_choice(
+            variant=variant, combine=combine, attribution=attribution, ascent=ascent, top_over=top_over
+        )
+        checks.require_count(steps=steps)
+        checks.require_positive(step_size=step_size, epsilon=epsilon)
+        checks.require_share(top_fraction=top_fraction, memory_fraction=memory_fraction)
+        self.net = checks.eager_network(net)
         self.variant, self.combine, self.top_fraction, self.top_over = variant, combine, top_fraction, top_over
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon)
@@ -98,6 +98,11 @@ class SandI:
         self._wanted_splits, self._wanted_feature = splits, feature
         self._splits: tuple[Split, ...] | None = None
         self._feature: Split | None = None
+        self._rectifier_shortcut = rectifier_shortcut
+        self._candidate_gates: dict[Site, Gate] = {}
+        self._gates: dict[Site, Gate] | None = None
+        self._call_names: tuple[str, ...] = ()
+        self._unchecked = 0
 
     # ------------------------------------------------------------------ public
 
@@ -112,7 +117,7 @@ class SandI:
             image whose logits are not finite has tau = NaN.
         """
         logits, densities = self._score(x)
-        tau = statistics.score(densities, logits.dtype)
+        tau = score(densities, logits.dtype)
         return logits.argmax(1), tau.masked_fill(~logits.isfinite().all(1), math.nan)
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
@@ -120,10 +125,10 @@ class SandI:
         return self._score(x)[1]
 
     def explain(self, x: Tensor) -> dict[str, Tensor]:
-        """{split name: (B, R, S)}: the attribution maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
+        """{split name: (B, R, S)}: the maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
         with self._ready(x) as (x, splits, _):
-            observer = statistics.AttributionMaps(splits)
-            self._walk(x, [split.site for split in splits], None, self._plan_logits(splits), observer)
+            observer = AttributionMaps(splits)
+            self._walk(x, splits, None, self._plan_logits(splits), observer)
         return observer.maps()
 
     @property
@@ -137,37 +142,89 @@ class SandI:
 
     def _score(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self._ready(x) as (x, splits, feature):
-            observer: statistics.NonZeroDensity | statistics.ChannelAverage
-            if feature is None:
-                observer = statistics.NonZeroDensity(splits, self.attack.steps, self.combine)
-                logits = self._walk(x, [s.site for s in splits], None, self._plan_logits(splits), observer)
-            else:
-                observer = statistics.ChannelAverage(splits, feature, self.attack.steps)
-                sites = [split.site for split in (*splits, feature)]
-                logits = self._walk(x, sites, feature.site, self._plan_feature(splits, feature), observer)
-        return logits, observer.densities()
+            if feature is not None:
+                average = ChannelAverage(splits, feature, self.attack.steps)
+                plan = self._plan_feature(splits, feature)
+                return self._walk(x, (*splits, feature), feature.site, plan, average), average.densities()
+            if self._gates is None:
+                self._gates = self._trusted_gates(x[:_FIRST_CHECK], self._candidate_gates)
+            elif self._unchecked >= _CHECK_EVERY:
+                self._gates = self._trusted_gates(x[:1], self._gates)
+            self._unchecked += len(x)
+            return self._score_z(x, splits, self._gates)
 
-    def _walk(self, x, sites, feature, plan, observer) -> Tensor:  # type: ignore[no-untyped-def]
-        tape = Tape(self.net, sites)
-        if not self.splitting:
-            return walk_input(tape, x, feature, plan, self._ascent, self.attack, observer)
-        budget = int(self.memory_fraction * memory.free_memory(x.device))
-        return walk_splits(tape, x, feature, plan, self.attack, observer, budget)
+    def _score_z(
+        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and densities of Z, with the patterns at the ``gates`` read off their rectifiers."""
+        gated = [split for split in splits if split.site in gates]
+        others = [split for split in splits if split.site not in gates]
+        found: dict[str, Tensor] = {}
+        if gated:
+            attack = replace(self.attack, steps=1) if self.combine == "union" else self.attack
+            density = NonZeroDensity(gated, attack.steps, self.combine)
+            tape = Tape(self.net, [split.site for split in gated])
+            logits = walk_gates(tape, x, gates, self._ascent, attack, density)
+            if tape.call_names != self._call_names:  # gates are places on the tape of the first batch
+                return self._score_z(x, splits, {})
+            found = density.densities()
+        if others:
+            density = NonZeroDensity(others, self.attack.steps, self.combine)
+            logits = self._walk(x, others, None, self._plan_logits(others), density)
+            found |= density.densities()
+        return logits, {split.name: found[split.name] for split in splits}
+
+    def _shortcut_applies(self) -> bool:
+        """Only g_1 and g_2 need no pass through the suffixes; a saturated cross-entropy has g = 0 anywhere."""
+        few = self.attack.steps <= 2 or self.combine == "union"
+        return few and self.splitting and self.attribution == "max_logit"
+
+    def _trusted_gates(self, x: Tensor, gates: Mapping[Site, Gate]) -> dict[Site, Gate]:
+        """Those of the ``gates`` whose mask is the pattern of the true gradients on ``x``."""
+        self._unchecked = 0
+        assert self._splits is not None
+        splits = [split for split in self._splits if split.site in gates]
+        if not splits:
+            return {}
+        shortcut = self._score_z(x, splits, gates)[1]
+        exact = self._score_z(x, splits, {})[1]
+        wrong = [split for split in splits if not torch.equal(shortcut[split.name], exact[split.name])]
+        if wrong:
+            _log.info(
+                "gradients at %s are zero at other places than the rectifier behind says; computing them instead",
+                ", ".join(split.name for split in wrong),
+            )
+        return {split.site: gates[split.site] for split in splits if split not in wrong}
+
+    def _walk(self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer) -> Tensor:
+        tape = Tape(self.net, [split.site for split in splits])
+        if self.splitting:
+            budget = int(self.memory_fraction * free_memory(x.device))
+            logits = walk_splits(tape, x, feature, plan, self.attack, observer, budget)
+        else:
+            logits = walk_input(tape, x, feature, plan, self._ascent, self.attack, observer)
+        if tape.call_names != self._call_names and any(split.site.module is None for split in splits):
+            raise ReplayError(
+                "this batch takes the network through other calls than the first one did, so its split points at "
+                "functional calls cannot be found again; use one SandI for each image size, or name modules in splits"
+            )
+        return logits
 
     def _ascent(self, logits: Tensor) -> Loss:
         return max_logit if self.ascent == "max_logit" else cross_entropy(logits.detach().argmax(1))
 
-    def _plan_logits(self, splits: Sequence[Split]):  # type: ignore[no-untyped-def]
+    def _plan_logits(self, splits: Sequence[Split]) -> Plan:
         """Z's objective, and explain's: L_attr and L_step on the logits, the same for every split."""
 
         def plan(logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
-            losses: dict[str, Loss] = {"max_logit": max_logit, "cross_entropy": cross_entropy(logits.detach().argmax(1))}
+            labels = logits.detach().argmax(1)
+            losses: dict[str, Loss] = {"max_logit": max_logit, "cross_entropy": cross_entropy(labels)}
             objective = Objective(losses[self.attribution], losses[self.ascent])
             return {split.site: objective for split in splits}
 
         return plan
 
-    def _plan_feature(self, splits: Sequence[Split], feature: Split):  # type: ignore[no-untyped-def]
+    def _plan_feature(self, splits: Sequence[Split], feature: Split) -> Plan:
         """A's objectives: F at the splits, log-softmax at F."""
 
         def plan(logits: Tensor, value: Tensor | None) -> dict[Site, Objective]:
@@ -197,8 +254,8 @@ class SandI:
     @contextmanager
     def _ready(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[Split, ...], Split | None]]:
         """The network with its parameters frozen, gradients enabled, and the split points known."""
-        _require_images(x)
-        _require_eval(self.net)
+        checks.require_images(x)
+        checks.require_eval(self.net)
         trainable = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone() if x.is_inference() else x.detach()
@@ -217,14 +274,16 @@ class SandI:
         found, recorded = survey(self.net, x)
         with torch.no_grad():
             plain = self.net(x)
-        _require_same(plain, recorded)
+        checks.require_logits(plain)
+        checks.require_same(plain, recorded)
         uses_feature = self.variant == "A" or (self.variant == "auto" and recorded.shape[1] > 100)
         splits = found.splits(self._wanted_splits, default="last_stage" if uses_feature else "all")
         if uses_feature:
             self._feature = found.feature(self._wanted_feature)
-            splits = tuple(split for split in splits if split.site != self._feature.site)
-            if not splits:
-                raise ValueError(f"splits holds nothing but F ({self._feature.name!r}); name split points before it")
+            splits = found.before(self._feature, splits, self._wanted_splits)
+        elif self._rectifier_shortcut and self._shortcut_applies():
+            self._candidate_gates = find_gates(found.calls, found.positions(splits))
+        self._call_names = found.call_names
         self._splits = splits
 
 
@@ -232,57 +291,3 @@ def _top(values: Tensor, fraction: float) -> Tensor:
     """1 at the floor(fraction K) largest of ``values`` (B, K) in each row, one at least, and 0 elsewhere."""
     count = max(1, math.floor(fraction * values.shape[1]))
     return torch.zeros_like(values).scatter_(1, values.topk(count, dim=1).indices, 1.0)
-
-
-def _unwrapped(net: nn.Module) -> nn.Module:
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net is {type(net).__name__}, expected an eager torch.nn.Module")
-    while True:
-        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            net = net.module
-        elif isinstance(getattr(net, "_orig_mod", None), nn.Module):  # torch.compile
-            net = net._orig_mod  # type: ignore[assignment]
-        else:
-            break
-    if isinstance(net, torch.jit.ScriptModule):
-        raise TypeError("net is a TorchScript module, whose layers cannot be split; pass the eager network it came from")
-    return net
-
-
-def _require_positive(**options: float) -> None:
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"{option}={value!r}: expected a positive number")
-
-
-def _require_images(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}, expected a tensor of images (B, C, H, W)")
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"x is {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, expected floating-point images "
-            "(B, C, H, W), normalised as the network was trained"
-        )
-    if len(x) == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}: the batch is empty")
-
-
-def _require_eval(net: nn.Module) -> None:
-    random = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    training = [name for name, module in net.named_modules() if module.training and isinstance(module, random)]
-    if training:
-        raise ValueError(f"the network is in train mode (layer {training[0]!r}); call net.eval() first")
-
-
-def _require_same(plain: Tensor, recorded: Tensor) -> None:
-    """The recorded forward must be the network's own: that finds randomness and writes through views."""
-    if not isinstance(plain, Tensor) or plain.dim() != 2 or not plain.is_floating_point():
-        what = f"shape {tuple(plain.shape)}" if isinstance(plain, Tensor) else type(plain).__name__
-        raise ReplayError(f"the network returns {what}, expected logits (B, classes); wrap it so that it returns those")
-    tolerance = 1e3 * torch.finfo(plain.dtype).eps
-    if not torch.allclose(plain, recorded, rtol=tolerance, atol=tolerance * float(plain.abs().max()), equal_nan=True):
-        raise ReplayError(
-            "two passes over the same images differ: the network is random in eval mode (dropout that stays active, "
-            "sampling), or writes into a slice of a tensor that it uses again; make its forward deterministic "
-            "and out of place there"
-        )

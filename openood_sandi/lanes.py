@@ -35,7 +35,7 @@ def lanes_of(tensor: Tensor) -> Lanes | None:
 
 
 def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> Any:
-    """``tree`` with every tensor (or other ``leaf``) in its tuples, lists and dicts replaced by ``function(tensor)``."""
+    """``tree`` with every tensor (or ``leaf``) in its tuples, lists and dicts replaced by ``function(tensor)``."""
     if isinstance(tree, leaf):
         return function(tree)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
@@ -62,18 +62,17 @@ def find(tree: Any) -> list[Tensor]:
     return found
 
 
-def _tag(tree: Any, ids: tuple[int, ...], clean: Any) -> Any:
+def _tag(tree: Any, ids: tuple[int, ...], clean: Any) -> None:
     """Marks every tensor of a call's result as lanes ``ids`` of the recorded result ``clean``."""
     if isinstance(tree, Tensor):
         tree._sandi_lanes = Lanes(ids, clean)  # type: ignore[attr-defined]
     elif isinstance(tree, (tuple, list)):
-        for item, clean_item in zip(tree, clean):
+        for item, clean_item in zip(tree, clean, strict=True):
             _tag(item, ids, clean_item)
-    return tree
 
 
 def widen(tensor: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """``tensor`` with exactly the lanes ``ids``; those it lacks get its clean value. Shape ``(len(ids), *clean.shape)``."""
+    """``tensor`` with exactly the lanes ``ids``, its clean value in those it lacks: ``(len(ids), *clean.shape)``."""
     lanes = lanes_of(tensor)
     if lanes is None:
         return tensor.expand(len(ids), *tensor.shape)
@@ -98,15 +97,22 @@ def join(tensor: Tensor, lane: int, value: Tensor) -> Tensor:
     """``tensor`` (clean or of lanes before ``lane``) with one lane more, which holds ``value`` (of the clean shape)."""
     lanes = lanes_of(tensor)
     if lanes is None:
-        return _tag(value.unsqueeze(0), (lane,), tensor)
-    return _tag(torch.cat([tensor, value.unsqueeze(0)]), (*lanes.ids, lane), lanes.clean)
+        joined = value.unsqueeze(0)
+        _tag(joined, (lane,), tensor)
+    else:
+        joined = torch.cat([tensor, value.unsqueeze(0)])
+        _tag(joined, (*lanes.ids, lane), lanes.clean)
+    return joined
 
 
 def spread(tensor: Tensor, like: Iterable[Tensor]) -> Tensor:
     """A clean ``tensor`` as lanes of equal value, one for each lane of the tensors in ``like``."""
-    lanes = lanes_of(tensor)
+    if lanes_of(tensor) is not None:
+        return tensor
     ids = _union(like)
-    return tensor if lanes is not None else _tag(widen(tensor, ids), ids, tensor)
+    spread_out = widen(tensor, ids)
+    _tag(spread_out, ids, tensor)
+    return spread_out
 
 
 def _union(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -122,8 +128,22 @@ def _functions(*names: str) -> frozenset[Callable[..., Any]]:
 
 # Element-wise in one tensor, or over trailing dimensions alone: a further leading dimension changes nothing.
 _UNARY = _functions(
-    *("relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "leaky_relu", "hardtanh", "hardswish"),
-    *("hardsigmoid", "sigmoid", "logsigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "neg", "square", "clamp"),
+    *("relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "leaky_relu", "hardtanh"),
+    *(
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "logsigmoid",
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "neg",
+        "square",
+        "clamp",
+    ),
     *("clamp_min", "clamp_max", "clip", "dropout", "feature_dropout", "contiguous", "linear", "layer_norm", "clone"),
 )
 # Element-wise in two tensors: right-aligned broadcasting skips the lanes while all lane operands have equal rank.
@@ -165,8 +185,10 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     rank = perturbed[0].dim() - 1
     if func in _UNARY and first_only:
         result = func(wide(args[0]), *args[1:], **kwargs)
-    elif func in _BINARY and len({t.dim() for t in perturbed}) == 1 and all(
-        t.dim() <= rank or lanes_of(t) is not None for t in _positional(args)
+    elif (
+        func in _BINARY
+        and len({t.dim() for t in perturbed}) == 1
+        and all(t.dim() <= rank or lanes_of(t) is not None for t in _positional(args))
     ):
         result = func(*map_tensors(args, wide), **kwargs)
     elif func in _FOLD and first_only and rank >= _FOLD[func]:
@@ -177,7 +199,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         result = torch.cat([widen(t, ids) for t in tensors], _axis(args, kwargs, rank) + 1)
     else:
         result = _vmap(func, args, kwargs, ids, clean)
-    return _tag(result, ids, clean)
+    _tag(result, ids, clean)
+    return result
 
 
 def _axis(args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> int:

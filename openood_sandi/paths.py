@@ -7,7 +7,8 @@ Two drivers: :func:`walk_splits` attacks every split on its own from its clean a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,25 +16,29 @@ from torch import Tensor
 
 from openood_sandi import lanes
 from openood_sandi.attack import Attack, Loss, Objective
+from openood_sandi.rectifiers import Gate
 from openood_sandi.replay import ReplayError, Site, Tape
 
-__all__ = ["Observer", "Plan", "walk_input", "walk_splits"]
+__all__ = ["Observer", "Plan", "walk_gates", "walk_input", "walk_splits"]
 
 Plan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
 """From clean logits (B, classes) and clean F to the objective of each split (F's own included, if it has one)."""
 
 
+Receive = Callable[[Site, Tensor], None]
+"""Takes in one tensor of a split."""
+
+
 class Observer(Protocol):
     """Takes in what happens along the paths; gradients of one split come in the order i = 1..T."""
 
-    needs_motion: bool
-    """Whether ``motion`` is wanted, for which alone the last step of a path is taken."""
+    @property
+    def motion(self) -> Receive | None:
+        """Called with z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i; None where it is not
+        wanted, and the last step of a path, which has no other use, is not taken."""
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        """g_i, of the split's shape (B, ...)."""
-
-    def motion(self, site: Site, offset: Tensor) -> None:
-        """z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i."""
+        """Called with g_i, of the split's shape (B, ...)."""
 
 
 def walk_splits(
@@ -41,32 +46,31 @@ def walk_splits(
 ) -> Tensor:
     """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W) and returns the clean logits (B, classes).
 
-    i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the suffixes of as
-    many splits at a time as ``budget`` bytes hold (at least one); the arithmetic of a split is the same however
-    they are grouped.
+    i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the
+    suffixes of as many splits at a time as ``budget`` bytes hold (at least one); the arithmetic of a split is the same
+    however they are grouped.
     """
     clean: dict[Site, Tensor] = {}
     logits = tape.record(x, _leaves(clean))
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     directions: dict[Site, Tensor] = {}
-    takes_step = attack.steps > 1 or observer.needs_motion
+    takes_step = attack.steps > 1 or observer.motion is not None
 
     def keep_direction(site: Site, gradient: Tensor) -> None:
         directions[site] = gradient.sign().to(torch.int8)
 
-    alive = _differentiate(
-        objectives, logits, clean, feature, observer.gradient, keep_direction if takes_step else None
-    )
+    on_ascent = keep_direction if takes_step else None
+    alive = _differentiate(objectives, logits, clean, feature, observer.gradient, on_ascent)
     logits = logits.detach()
     clean = {site: z.detach() for site, z in clean.items()}
     tape.release_graph()
     if not takes_step:
         return logits
-    for chunk in _chunks(tape, [site for site in clean if site in objectives], budget):
+    for chunk in _chunks(tape, list(clean), budget):
         z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
         _report_motion(observer, z, clean)
         for i in range(2, attack.steps + 1):
-            last = i == attack.steps and not observer.needs_motion
+            last = i == attack.steps and observer.motion is None
             signs = _replay(tape, x, z, objectives, feature, observer, takes_step=not last, alive=alive)
             if not last:
                 moved = {site: attack.advance(z[site], clean[site], signs.pop(site)) for site in chunk}
@@ -104,16 +108,43 @@ def _replay(
     features = lanes.widen(maps[-1], ids) if maps else None
     signs: dict[Site, Tensor] = {}
     losses = _by_loss({site: objectives[site] for site in z}, takes_step)
-    for remaining, (loss, (attributed, stepped)) in zip(range(len(losses) - 1, -1, -1), losses.items()):
+    for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
         sites = list(dict.fromkeys([*attributed, *stepped]))
         rows = slice(None) if len(sites) == len(ids) else [lane[site] for site in sites]
         value = loss(logits[rows], None if features is None else features[rows])
-        for site, gradient in zip(sites, _gradients(value, [leaves[site] for site in sites], retain=remaining > 0)):
+        gradients = _gradients(value, [leaves[site] for site in sites], retain=number < len(losses))
+        for site, gradient in zip(sites, gradients, strict=True):
             if site in attributed:
                 observer.gradient(site, gradient)
             if site in stepped:
                 signs[site] = gradient.sign()
     return signs
+
+
+def walk_gates(
+    tape: Tape, x: Tensor, gates: Mapping[Site, Gate], ascent: Callable[[Tensor], Loss], attack: Attack,
+    observer: Observer,
+) -> Tensor:  # fmt: skip
+    """The patterns of g_1 (and of g_2, at two steps) at splits that feed a rectifier; returns the logits (B, classes).
+
+    One forward and, for g_2, one backward pass: the observer is given masks in place of gradients.
+    """
+    if attack.steps == 1:
+        with torch.no_grad():
+            logits = tape.record(x)
+        for site, gate in gates.items():
+            observer.gradient(site, gate.clean(tape.calls))
+        return logits
+    clean: dict[Site, Tensor] = {}
+    logits = tape.record(x, _leaves(clean))
+
+    def receive(site: Site, gradient: Tensor) -> None:
+        z = clean[site].detach()
+        observer.gradient(site, gates[site].clean(tape.calls))
+        observer.gradient(site, gates[site].perturbed(attack.advance(z, z, gradient.sign()), tape.calls))
+
+    _backward(ascent(logits)(logits.unsqueeze(0), None), clean, (), receive, retain=False)
+    return logits.detach()
 
 
 def walk_input(
@@ -127,12 +158,12 @@ def walk_input(
     """
     attacked = x.detach()
     before: dict[Site, Tensor] = {}
-    for i in range(1, attack.steps + 1 + observer.needs_motion):
+    for i in range(1, attack.steps + (1 if observer.motion is None else 2)):
         attacked.requires_grad_(True)
         z: dict[Site, Tensor] = {}
         logits = tape.record(attacked, _leaves(z))
         now = {site: value.detach() for site, value in z.items()}
-        if before and observer.needs_motion:
+        if before:
             _report_motion(observer, now, before)
         if i > attack.steps:
             break
@@ -174,29 +205,28 @@ def _by_loss(objectives: dict[Site, Objective], takes_step: bool) -> dict[Loss, 
 
 def _differentiate(
     objectives: dict[Site, Objective], logits: Tensor, z: dict[Site, Tensor], feature: Site | None,
-    on_attribution: Callable[[Site, Tensor], None], on_ascent: Callable[[Site, Tensor], None] | None,
-    roots: Sequence[Tensor] = (),
+    on_attribution: Receive, on_ascent: Receive | None, roots: Sequence[Tensor] = (),
 ) -> set[Site]:  # fmt: skip
     """Hands on the gradients of the recorded pass, each as it arrives; returns the sites that any loss depends on."""
     features = None if feature is None else z[feature].unsqueeze(0)
     alive: set[Site] = set()
     losses = _by_loss(objectives, on_ascent is not None)
-    for remaining, (loss, (attributed, stepped)) in zip(range(len(losses) - 1, -1, -1), losses.items()):
-
-        def receive(site: Site, gradient: Tensor) -> None:
-            if site in attributed:
-                on_attribution(site, gradient)
-            if site in stepped and on_ascent is not None:
-                on_ascent(site, gradient)
-
-        sites = dict.fromkeys([*attributed, *stepped])
+    for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
+        receivers = [(set(attributed), on_attribution), (set(stepped), on_ascent)]
         value = loss(logits.unsqueeze(0), features)
-        alive |= _backward(value, {site: z[site] for site in sites}, roots, receive, retain=remaining > 0)
+        wanted = {site: z[site] for site in (*attributed, *stepped)}
+        alive |= _backward(value, wanted, roots, partial(_hand_on, receivers), retain=number < len(losses))
     return alive
 
 
+def _hand_on(receivers: list[tuple[set[Site], Receive | None]], site: Site, gradient: Tensor) -> None:
+    for sites, receive in receivers:
+        if site in sites and receive is not None:
+            receive(site, gradient)
+
+
 def _backward(
-    value: Tensor, z: dict[Site, Tensor], roots: Sequence[Tensor], receive: Callable[[Site, Tensor], None], retain: bool
+    value: Tensor, z: dict[Site, Tensor], roots: Sequence[Tensor], receive: Receive, retain: bool
 ) -> set[Site]:
     """Calls ``receive`` with d value / dz of every site: no two gradients are held at once."""
     arrived: set[Site] = set()
@@ -208,7 +238,7 @@ def _backward(
 
         return fire
 
-    handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]
+    handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]  # type: ignore[no-untyped-call]
     try:
         if value.requires_grad:
             # To reach the roots, the backward pass goes through every other site on its way.
@@ -230,7 +260,7 @@ def _gradients(value: Tensor, tensors: Sequence[Tensor], retain: bool) -> Sequen
 
 
 def _report_motion(observer: Observer, after: dict[Site, Tensor], before: dict[Site, Tensor]) -> None:
-    if observer.needs_motion:
+    if observer.motion is not None:
         for site, z in after.items():
             observer.motion(site, z - before[site])
 

@@ -1,7 +1,7 @@
 """OpenOOD's seams: where names of postprocessors, yml files and the command line reach the entry points.
 
-OpenOOD has no plugin loader. Three of its modules are changed in memory as soon as they are executed, before any
-other module can import their functions by name; OpenOOD's files stay as they are:
+OpenOOD has no plugin loader. Three of its modules are changed in memory as soon as they are executed, before
+any other module can import their functions by name; OpenOOD's files stay as they are:
 
 ========================================  ==============================================================
 ``openood.postprocessors.utils``          ``get_postprocessor`` of ``main.py`` knows the entry points
@@ -26,8 +26,8 @@ from openood_sandi import command_line, cpu, registry, standins, startup
 def register() -> None:
     """Make OpenOOD know the installed postprocessors, as the start-up file does; also after OpenOOD's import.
 
-    Needed only where Python does not read start-up files (``PYTHONPATH``, ``pip install --target``, ``python -S``) or
-    where ``OPENOOD_SANDI_DISABLE`` keeps them from acting. Calling it again changes nothing.
+    Needed only where Python does not read start-up files (``PYTHONPATH``, ``pip install --target``, ``python
+    -S``) or where ``OPENOOD_SANDI_DISABLE`` keeps them from acting. Calling it again changes nothing.
     """
     startup.install()
     for name in SEAMS:
@@ -139,4 +139,3 @@ SEAMS: dict[str, Callable[[ModuleType], None]] = {
     "openood.evaluation_api.postprocessor": _evaluator_registry,
     "openood.utils.config": _config,
 }
-

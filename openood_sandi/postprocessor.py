@@ -1,7 +1,7 @@
 """S&I and GAIA as postprocessors of OpenOOD.
 
-OpenOOD builds one from its configuration and calls :meth:`SandIPostprocessor.inference` on every data set; conf = -tau,
-as OpenOOD takes a large confidence for in-distribution.
+OpenOOD builds one from its configuration and calls :meth:`SandIPostprocessor.inference` on every data set;
+conf = -tau, as OpenOOD takes a large confidence for in-distribution.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _DEFAULTS: dict[str, Any] = {
 class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
     """S&I with the options of :class:`openood_sandi.SandI` under ``postprocessor.postprocessor_args``.
 
-    It holds options only, no network, and so can be pickled and used with one network after another. There is nothing to
-    set up. With ``APS_mode`` OpenOOD searches ``postprocessor_sweep``, lists of values under names of options.
+    It holds options only, no network, and so can be pickled and used with one network after another. There is
+    nothing to set up. With ``APS_mode`` OpenOOD searches ``postprocessor_sweep``, lists of values under names
+    of options.
 
     Args:
         config: OpenOOD's configuration; options that it leaves out have :class:`SandI`'s defaults.
@@ -63,12 +64,12 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
         self.hyperparam_search_done = False
         if self.APS_mode and not self.args_dict:
             raise ValueError(
-                f"{settings.name}: APS_mode searches postprocessor_sweep, which is empty; expected lists of values "
-                f"under names of options, such as variant: [Z, A]"
+                f"{settings.name}: APS_mode searches postprocessor_sweep, which is empty; expected "
+                "lists of values under names of options, such as variant: [Z, A]"
             )
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Score one batch. :meth:`inference` finds the network's split points once for all batches; this, each time.
+        """Score one batch; over many, :meth:`inference` is quicker, as it finds the split points only once.
 
         Args:
             net: the classifier, in eval mode.
@@ -118,8 +119,8 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
         """
         if isinstance(net, dict):
             raise TypeError(
-                f"{self.config.postprocessor.name} scores one classifier, but this OpenOOD network is a dictionary of "
-                f"{', '.join(net)}; choose a network that is a single module"
+                f"{self.config.postprocessor.name} scores one classifier, but this OpenOOD network is "
+                f"a dictionary of {', '.join(net)}; choose a network that is a single module"
             )
         return SandI(net, **self.options)
 

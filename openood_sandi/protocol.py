@@ -1,7 +1,7 @@
 """The protocol that ``python main.py --postprocessor NAME`` runs when it is given no ``--config``.
 
-OpenOOD's CIFAR-100 benchmark with its ``resnet18_32x32``: near-OOD CIFAR-10 and TinyImageNet, far-OOD MNIST, SVHN,
-Textures and Places365.
+OpenOOD's CIFAR-100 benchmark with its ``resnet18_32x32``: near-OOD CIFAR-10 and TinyImageNet, far-OOD MNIST,
+SVHN, Textures and Places365.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOOKED_FOR = 100
 
 
 def overrides() -> list[str]:
-    """The protocol's ``--key value`` arguments: the checkpoint, no question on stdin, no GPU where there is none."""
+    """The protocol's ``--key value`` arguments: the checkpoint, no question on stdin, CPU where need be."""
     import torch
 
     gpus = [] if torch.cuda.is_available() else ["--num_gpus", "0"]
@@ -44,7 +44,8 @@ def require_files(config: Any, checkout: Path) -> None:
         checkout: the OpenOOD checkout.
 
     Raises:
-        SystemExit: the message names everything that is missing, where it is expected and OpenOOD's download command.
+        SystemExit: the message names everything that is missing, where it is expected and OpenOOD's download
+        command.
     """
     missing: list[str] = []
     datasets: dict[str, None] = {}  # an ordered set
@@ -73,7 +74,7 @@ def require_files(config: Any, checkout: Path) -> None:
 
 
 def _sources(config: Any) -> Iterator[tuple[str, Any]]:
-    """(name of the split, its configuration with ``imglist_pth`` and ``data_dir``) of every loader of the run."""
+    """(split's name, its configuration with ``imglist_pth`` and ``data_dir``) of every loader of the run."""
     for split in config.dataset.split_names:
         yield split, config.dataset[split]
     for split in config.ood_dataset.split_names:
@@ -111,8 +112,16 @@ def _message(
     command += ["--save_dir ./data ./results"]
     lines = ["openood-sandi: without --config this command runs OpenOOD's CIFAR-100 protocol, which lacks"]
     lines += [f"  {line}" for line in missing]
-    lines += ["OpenOOD downloads it with", f"  cd {checkout}", "  pip install gdown", f"  {' '.join(command)}"]
+    lines += [
+        "OpenOOD downloads it with",
+        f"  cd {checkout}",
+        "  pip install gdown",
+        f"  {' '.join(command)}",
+    ]
     if in_the_way:
-        lines += ["but skips a folder that is not empty, so remove first:", *(f"  {path}" for path in in_the_way)]
+        lines += [
+            "but skips a folder that is not empty, so remove first:",
+            *(f"  {path}" for path in in_the_way),
+        ]
     lines += ["Files of your own: --network.checkpoint FILE, or --config YML ... for other data and networks."]
     return "\n".join(lines)

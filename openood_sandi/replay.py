@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Call:
     result: Any
     producers: tuple[int, ...]
     """Tape positions that its tensor arguments came from, in order; -1 for the input, parameters and buffers."""
+    options: Mapping[str, Any]
+    """Its keyword arguments that are no tensors."""
 
 
 Tap = Callable[[Site, Tensor], Tensor]
@@ -104,19 +106,25 @@ class Tape(TorchFunctionMode):
                 return tensor
             return detached.setdefault(id(tensor), (tensor, tensor.detach()))[1]
 
-        self.calls = [Call(c.name, lanes.map_tensors(c.result, detach), c.producers) for c in self.calls]
+        self.calls = [replace(call, result=lanes.map_tensors(call.result, detach)) for call in self.calls]
 
     def replay(self, x: Tensor, tap: Tap) -> Tensor:
         """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses."""
         return self._run(x, tap)
 
+    @property
+    def call_names(self) -> tuple[str, ...]:
+        """The recorded calls by name: equal for two passes that took the same way through the network."""
+        return tuple(call.name for call in self.calls)
+
     def suffix_bytes(self, site: Site) -> int:
         """Size of all results that lie behind ``site``: what one more lane of it adds to a replay's forward pass."""
         if not self._sizes:
             for call in reversed(self.calls):
-                size: list[int] = []
-                lanes.map_tensors(call.result, lambda t: size.append(t.numel() * t.element_size()))
-                self._sizes.append(sum(size) + (self._sizes[-1] if self._sizes else 0))
+                tensors: list[Tensor] = []
+                lanes.map_tensors(call.result, tensors.append)
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                self._sizes.append(size + (self._sizes[-1] if self._sizes else 0))
         return self._sizes[len(self.calls) - 1 - min(self.reached[site], len(self.calls) - 1)]
 
     def _run(self, x: Tensor, tap: Tap) -> Tensor:
@@ -191,7 +199,8 @@ class Tape(TorchFunctionMode):
         position = len(self.calls)
         # Keeping the tensor beside its position keeps its id from being reused.
         lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
-        self.calls.append(Call(_name(func), result, tuple(producers)))
+        options = {key: value for key, value in kwargs.items() if not lanes.has_tensor(value)}
+        self.calls.append(Call(_name(func), result, tuple(producers), options))
         return result
 
     def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,7 +236,8 @@ class Tape(TorchFunctionMode):
 
 # Calls that turn a tensor's values into Python data, on which control flow may depend.
 _VALUES = frozenset(
-    ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "__array__", "equal", "allclose", "is_nonzero")
+    ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "__array__")
+    + ("equal", "allclose", "is_nonzero")
 )
 
 

@@ -54,7 +54,8 @@ class Survey:
 
     def __init__(self, net: nn.Module, tape: Tape, layers: list[_Layer], batch_size: int) -> None:
         self._modules = [name for name, _ in net.named_modules() if name]
-        self._calls = tape.calls
+        self.calls = tape.calls
+        self.call_names = tape.call_names
         self._layers = layers
         self._by_name = {layer.site.name: layer for layer in layers}
         self._batch_size = batch_size
@@ -95,6 +96,19 @@ class Survey:
             )
         return self._split_at(self._last_map)
 
+    def before(self, feature: Split, splits: Sequence[Split], wanted: str | Sequence[str]) -> tuple[Split, ...]:
+        """Those of the ``splits`` that F can be differentiated by; one that ``wanted`` names behind F is an error."""
+        named = {item.strip() for item in (wanted.split(",") if isinstance(wanted, str) else wanted)}
+        late = [split for split in splits if self._position(split.site) >= self._position(feature.site)]
+        for split in late:
+            if split.name in named and self._tensor(split) is not self._tensor(feature):
+                raise ValueError(
+                    f"split point {split.name!r} lies behind F ({feature.name!r}): F does not depend on it"
+                )
+        if len(late) == len(splits):
+            raise ValueError(f"no split point lies before F ({feature.name!r}); name others in splits, or another F")
+        return tuple(split for split in splits if split not in late)
+
     def _matching(self, item: str) -> list[Split]:
         if item in ("all", "last_stage"):
             points = self._default_points()
@@ -119,7 +133,7 @@ class Survey:
         norms = [layer for layer in self._layers if _is_normalisation(layer.module)]
         if norms:
             return [self._module_split(layer) for layer in norms]
-        inputs = [call.producers[0] for call in self._calls if call.name in _ACTIVATIONS and call.producers]
+        inputs = [call.producers[0] for call in self.calls if call.name in _ACTIVATIONS and call.producers]
         return [self._split_at(position) for position in dict.fromkeys(inputs) if position >= 0]
 
     def _last_stage(self, points: list[Split]) -> list[Split]:
@@ -142,6 +156,12 @@ class Survey:
             if inside and inside >= len(last) - 1 and inside > len(held) - inside:
                 holders.append((len(held), held))
         return min(holders, key=lambda holder: holder[0])[1] if len(last) > 1 and holders else last
+
+    def positions(self, splits: Iterable[Split]) -> dict[Site, int]:
+        """For each split, the tape position of the call whose result it is, if it is one."""
+        made = {id(call.result): position for position, call in reversed(list(enumerate(self.calls)))}
+        found = {split.site: made.get(id(self._tensor(split))) for split in splits}
+        return {site: position for site, position in found.items() if position is not None}
 
     # ------------------------------------------------------------------ names and sites
 
@@ -171,14 +191,14 @@ class Survey:
 
     def _split_at(self, position: int) -> Split:
         """The split at the result of one torch call, by the name of the outermost module that returns it, if any."""
-        result = self._calls[position].result
+        result = self.calls[position].result
         returned = [layer for layer in self._layers if layer.output is result and layer.name]
         if returned:
             return self._module_split(min(returned, key=lambda layer: layer.name.count(".")))
         around = [layer for layer in self._layers if layer.start <= position < layer.stop]
         owner = min(around, key=lambda layer: layer.stop - layer.start)
-        kind = self._calls[position].name.strip("_")
-        before = sum(call.name == self._calls[position].name for call in self._calls[owner.start : position])
+        kind = self.calls[position].name.strip("_")
+        before = sum(call.name == self.calls[position].name for call in self.calls[owner.start : position])
         name = f"{owner.site.name}:{kind}" + (f"#{before + 1}" if before else "")
         return Split(Site(name, None, position), _channel_axis(None, result))
 
@@ -187,7 +207,7 @@ class Survey:
 
     def _tensor(self, split: Split) -> Tensor:
         site = split.site
-        output = self._calls[site.index].result if site.module is None else self._by_name[site.name].output
+        output = self.calls[site.index].result if site.module is None else self._by_name[site.name].output
         assert isinstance(output, Tensor)
         return output
 
@@ -198,8 +218,8 @@ class Survey:
 
     def _find_last_map(self) -> int | None:
         """The tape position of the last feature map with more than one position."""
-        for position in range(len(self._calls) - 1, -1, -1):
-            result = self._calls[position].result
+        for position in range(len(self.calls) - 1, -1, -1):
+            result = self.calls[position].result
             if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() < 3:
                 continue
             axis = _channel_axis(None, result)
@@ -245,19 +265,18 @@ _NORMALISATIONS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
 )
 _ACTIVATIONS = frozenset(
-    ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish")
-    + ("hardswish", "softplus", "sigmoid", "tanh")
+    "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softplus sigmoid tanh".split()
 )
 
 
 def _is_normalisation(module: nn.Module) -> bool:
-    """Whether the module normalises: torch's own classes, and others' that are named so (FrozenBatchNorm2d, RMSNorm)."""
+    """Whether the module normalises: torch's own classes, and others that are named so (FrozenBatchNorm2d, RMSNorm)."""
     named_so = type(module).__name__.rstrip("123d").endswith("Norm")
     return isinstance(module, _NORMALISATIONS) or (named_so and not any(True for _ in module.children()))
 
 
 def _channel_axis(module: nn.Module | None, tensor: Tensor) -> int:
-    """Which dimension counts channels: layer norms say so; else the last of tokens (B, N, D), dimension 1 of the rest."""
+    """Which dimension counts channels: the last of tokens (B, N, D), as layer norms say, and dimension 1 otherwise."""
     if isinstance(module, nn.LayerNorm):
         # A subclass with a forward of its own (torchvision's LayerNorm2d) permutes channels to the back and back.
         return tensor.dim() - 1 if type(module).forward is nn.LayerNorm.forward else 1

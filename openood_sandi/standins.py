@@ -1,10 +1,10 @@
 """Inert stand-ins for packages that OpenOOD imports and that a current Python does not have.
 
-OpenOOD imports all of its methods at once, and with them packages that only a few need and that do not install or
-import beside NumPy 2. For those, and only for an import statement in a module of OpenOOD's own, a package
-that is missing, or dies on import, gives way to a module whose attributes say what to install when they are
-used. The stand-in leaves ``sys.modules`` again as soon as that module of OpenOOD is executed, so no other
-library ever meets it.
+OpenOOD imports all of its methods at once, and with them packages that only a few need and that do not
+install or import beside NumPy 2. For those, and only for an import statement in a module of OpenOOD's own, a
+package that is missing, or dies on import, gives way to a module whose attributes say what to install when
+they are used. The stand-in leaves ``sys.modules`` at the next import, or when that module of OpenOOD is
+executed, so that no other library meets it.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class StandInFinder:
         fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package = fullname.partition(".")[0]
+        withdraw(keep=package)
         if package not in INSTALL or not _importer_is_openood():
             return None
         if fullname != package:
@@ -125,7 +126,7 @@ def _tolerate(spec: ModuleSpec) -> ModuleSpec:
                 if not name.startswith("__"):
                     delattr(module, name)
             module.__class__ = StandIn
-            module.__path__ = []  # type: ignore[attr-defined]
+            module.__path__ = []
             _present.add(spec.name)
             # what the package has imported of itself before it failed
             _present.update(name for name in sys.modules if name.startswith(f"{spec.name}."))
@@ -148,11 +149,11 @@ def _importer_is_openood() -> bool:
 def install() -> None:
     """Put :class:`StandInFinder` first on ``sys.meta_path``, once."""
     if StandInFinder not in sys.meta_path:
-        sys.meta_path.insert(0, StandInFinder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, StandInFinder)
 
 
-def withdraw() -> None:
-    """Take the stand-ins out of ``sys.modules``; what OpenOOD has bound of them stays bound."""
-    for name in _present:
+def withdraw(keep: str | None = None) -> None:
+    """Take the stand-ins, but for package ``keep``, out of ``sys.modules``; what OpenOOD has bound stays."""
+    for name in [name for name in _present if name.partition(".")[0] != keep]:
         sys.modules.pop(name, None)
-    _present.clear()
+        _present.discard(name)

@@ -2,7 +2,8 @@
 
 ``openood_sandi.pth`` (``openood_sandi.start`` from Python 3.15 on, PEP 829) in site-packages calls
 :func:`activate`. Until a module named ``openood`` is imported this costs one string comparison an import;
-only then is :mod:`openood_sandi.plugin` loaded. The module imports nothing that Python has not imported by then.
+only then is :mod:`openood_sandi.plugin` loaded. The module imports nothing that Python has not imported by
+then.
 
 Set the environment variable ``OPENOOD_SANDI_DISABLE`` to anything but ``0`` to switch it off.
 """

@@ -1,0 +1,96 @@
+"""Packaging: metadata, extras, entry points, and the two files that a plain pyproject.toml cannot place.
+
+- ``configs/postprocessors/*.yml`` lies at the root, as in OpenOOD; a wheel carries it inside the package.
+- The start-up file goes to the root of site-packages, from a wheel and from an editable install alike.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'^__version__ = "(.+)"', (ROOT / "openood_sandi/__init__.py").read_text(), re.M)[0]
+CONFIGS = sorted((ROOT / "configs/postprocessors").glob("*.yml"))
+
+# Python runs these at every start: the .pth up to 3.14, the .start from 3.15 on (PEP 829). Their names sort
+# after "__editable__...", which makes the package importable. Not even a half-removed package may break a
+# start.
+STARTUP = {
+    "openood_sandi.pth": (
+        'import sys; exec("try:\\n from openood_sandi import startup\\n startup.activate()\\nexcept Exception: pass")\n'
+    ),
+    "openood_sandi.start": "openood_sandi.startup:activate\n",
+}
+
+
+class BuildWithStartup(build_py):
+    """``build_py`` that also places the configurations and the start-up files."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            # the folder that becomes the editable wheel; the configurations are read from the checkout
+            site_packages = Path(self.get_finalized_command("install").install_lib)
+        else:
+            site_packages = Path(self.build_lib)
+            folder = site_packages / "openood_sandi/configs/postprocessors"
+            folder.mkdir(parents=True, exist_ok=True)
+            for config in CONFIGS:
+                shutil.copy(config, folder)
+        for name, text in STARTUP.items():
+            (site_packages / name).write_text(text)
+
+
+OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sandi.standins covers the rest
+    "faiss-cpu",
+    "pandas",
+    "pyyaml>=5.4.1",
+    "scikit-learn",
+    "scipy",
+    "torchvision",
+    "tqdm",
+]
+
+setup(
+    name="openood-sandi",
+    version=VERSION,
+    description="S&I (Splitting & Integrating) and GAIA: out-of-distribution detection for OpenOOD",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["openood_sandi"],
+    package_data={"openood_sandi": ["py.typed"]},
+    install_requires=["numpy", "torch>=2.2"],
+    extras_require={
+        "openood": OPENOOD,
+        "bench": ["matplotlib", "pandas", "scikit-learn", "tqdm"],
+        "test": [
+            "build",
+            "hypothesis",
+            "pytest",
+            "pyyaml>=5.4.1",
+            "scikit-learn",
+            "setuptools>=77",
+            "torchvision",
+        ],
+        "dev": ["mypy", "ruff"],
+    },
+    entry_points={
+        "openood.postprocessors": [
+            "sandi = openood_sandi.postprocessor:SandIPostprocessor",
+            "gaia = openood_sandi.postprocessor:GAIAPostprocessor",
+        ]
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    cmdclass={"build_py": BuildWithStartup},
+)

@@ -1,0 +1,260 @@
+"""The networks that the engine is tested on: OpenOOD's own, torchvision's, and hand-made traps, small and with random weights.
+
+Every case is built by :func:`build`: seeded weights, non-trivial normalisation statistics, eval mode, float64, frozen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.trap_networks import TRAPS, Plain
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the size of its images, its feature map for variant A ("" for none) and how many split points to test."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    size: int
+    feature: str = ""
+    splits: tuple[str, ...] = ()
+    at_most: int = 6
+
+
+def build(case: Case, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = case.make()
+        randomise(net)
+    net = net.double().eval().requires_grad_(False)
+    head = [m for m in net.modules() if isinstance(m, nn.Linear)] or [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    # A saturated softmax has gradients of the size of rounding, whose signs no two computations share.
+    head[-1].weight.mul_(2 / net(images(case)).std())
+    return net
+
+
+def randomise(net: nn.Module) -> None:
+    """Weights of a scale that keeps activations of order one, so that neither half of a rectifier is empty."""
+    for module in net.modules():
+        if isinstance(module, NORMS) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+
+
+def images(case: Case, batch: int = 3, seed: int = 1) -> Tensor:
+    """(batch, 3, size, size), each image of a contrast of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 3, case.size, case.size, generator=generator, dtype=torch.float64)
+    return (x * torch.tensor([1.0, 0.5, 2.0], dtype=x.dtype).view(3, 1, 1, 1))[:batch]
+
+
+def calls(net: nn.Module, x: Tensor) -> list[str]:
+    """Every call of a module, in the order in which they return; "name#2" for a second call."""
+    seen: list[str] = []
+
+    def note(name: str) -> None:
+        times = sum(call.partition("#")[0] == name for call in seen)
+        seen.append(name if not times else f"{name}#{times + 1}")
+
+    handles = [
+        module.register_forward_hook(lambda _m, _a, _o, name=name: note(name)) for name, module in net.named_modules() if name
+    ]
+    try:
+        net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def norm_calls(net: nn.Module, x: Tensor) -> list[str]:
+    """The output of every normalisation layer, in call order."""
+    return [call for call in calls(net, x) if isinstance(net.get_submodule(call.partition("#")[0]), NORMS)]
+
+
+def split_points(case: Case, net: nn.Module, x: Tensor, before: str = "") -> list[str]:
+    """The case's split points, by default its normalisation layers, in call order.
+
+    They are thinned out evenly to ``at_most``, first and last kept; with ``before``, only those that return before it.
+    """
+    order = calls(net, x)
+    points = [call for call in order if call in (case.splits or norm_calls(net, x))]
+    if before:
+        points = [point for point in points if order.index(point) < order.index(before)]
+    if len(points) <= case.at_most:
+        return points
+    return [points[round(i * (len(points) - 1) / (case.at_most - 1))] for i in range(case.at_most)]
+
+
+# --- torchvision ----------------------------------------------------------------------------------------------------------
+
+
+def torchvision_models() -> ModuleType:
+    return pytest.importorskip("torchvision.models", reason="needs torchvision: pip install torchvision")
+
+
+def torchvision(name: str, size: int, feature: str, splits: tuple[str, ...] = (), **options: object) -> Case:
+    def make() -> nn.Module:
+        return getattr(torchvision_models(), name)(weights=None, num_classes=11, **options)
+
+    return Case(name, make, size, feature, splits, at_most=4)
+
+
+def light_head(name: str, size: int, inputs: int, splits: tuple[str, ...] = ()) -> Case:
+    """VGG and AlexNet, with a small classifier in place of some hundred million weights."""
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            net = getattr(torchvision_models(), name)(weights=None)
+        net.classifier = nn.Sequential(nn.Dropout(), nn.Linear(inputs, 16), nn.ReLU(True), nn.Linear(16, 11))
+        return net.to_empty(device="cpu")
+
+    return Case(name, make, size, "features", splits, at_most=4)
+
+
+def small_maxvit() -> nn.Module:
+    return torchvision_models().MaxVit(
+        input_size=(32, 32),
+        stem_channels=8,
+        partition_size=2,
+        block_channels=[8, 16],
+        block_layers=[1, 1],
+        head_dim=4,
+        stochastic_depth_prob=0.1,
+        num_classes=11,
+    )
+
+
+TORCHVISION = [
+    torchvision("mobilenet_v3_small", 40, "features"),
+    torchvision("efficientnet_b0", 32, "features"),
+    torchvision("shufflenet_v2_x0_5", 64, "conv5"),
+    torchvision("squeezenet1_1", 48, "features", splits=("features.0", "features.3", "features.9.expand3x3")),
+    torchvision("googlenet", 64, "inception5b", init_weights=False, aux_logits=True),
+    torchvision("convnext_tiny", 32, "features"),
+    Case("maxvit", small_maxvit, 32, "blocks.1"),
+    torchvision("mnasnet0_5", 40, "layers"),
+    light_head("vgg11_bn", 32, 512 * 7 * 7),
+    light_head("alexnet", 64, 256 * 6 * 6, splits=("features.0", "features.6", "features.8")),
+    torchvision("inception_v3", 80, "Mixed_7c", init_weights=False, aux_logits=True),
+    torchvision("densenet121", 32, "features"),
+    torchvision("resnext50_32x4d", 32, "layer4"),
+    torchvision("swin_v2_t", 32, "permute"),
+]
+
+
+# --- OpenOOD --------------------------------------------------------------------------------------------------------------
+
+
+def openood_network(module: str) -> ModuleType:
+    """A file of OpenOOD's ``openood/networks``, from $OPENOOD_HOME or an installed OpenOOD.
+
+    Loaded by its path: the package around it imports far more than these files need.
+    """
+    home = os.environ.get("OPENOOD_HOME")
+    spec = None if home else importlib.util.find_spec("openood")
+    roots = [Path(home) / "openood"] if home else [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    for root in roots:
+        file = root / "networks" / f"{module}.py"
+        if file.is_file():
+            name = f"_openood_networks_{module}"
+            found = importlib.util.spec_from_file_location(name, file)
+            assert found is not None and found.loader is not None
+            loaded = importlib.util.module_from_spec(found)
+            sys.modules[name] = loaded  # deepcopy and pickle look classes up by module
+            found.loader.exec_module(loaded)
+            return loaded
+    pytest.skip("needs OpenOOD: git clone https://github.com/Jingkang50/OpenOOD DIR && OPENOOD_HOME=DIR pytest")
+
+
+def small_regnet() -> nn.Module:
+    """OpenOOD's class has no arguments; its forward on torchvision's body of a small plan."""
+    ours = openood_network("regnet_y_16gf").RegNet_Y_16GF
+    from torchvision.models.regnet import BlockParams, RegNet
+
+    plan = BlockParams.from_init_params(depth=4, w_0=16, w_a=16.0, w_m=2.0, group_width=8, se_ratio=0.25)
+    net = RegNet(plan, num_classes=11)
+    net.__class__ = ours
+    return net
+
+
+def small_resnet18() -> nn.Module:
+    module = openood_network("resnet18_32x32")
+    return module.ResNet18_32x32(module.BasicBlock, [1, 1, 1, 1], num_classes=11)
+
+
+OPENOOD = [
+    Case("resnet18_32x32", small_resnet18, 32, "layer4", at_most=12),
+    Case(
+        "resnet18_224x224",
+        lambda: openood_network("resnet18_224x224").ResNet18_224x224(layers=[1, 1, 1, 1], num_classes=11),
+        64,
+        "layer4",
+        at_most=12,
+    ),
+    Case("resnet50", lambda: openood_network("resnet50").ResNet50(layers=[1, 1, 1, 1], num_classes=11), 64, "layer4"),
+    Case("wrn", lambda: openood_network("wrn").WideResNet(10, 11, widen_factor=1), 32, "relu"),
+    Case("densenet", lambda: openood_network("densenet").DenseNet3(22, growth_rate=4, num_classes=11), 32, "relu"),
+    Case("bit", lambda: openood_network("bit").ResNetV2([1, 1, 1, 1], 1, head_size=11), 48, "before_head"),
+    Case(
+        "vit_b_16",
+        lambda: openood_network("vit_b_16").ViT_B_16(
+            image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=11
+        ),
+        32,
+        "encoder.layers.encoder_layer_1",
+        splits=("encoder.layers.encoder_layer_0.ln_1", "encoder.layers.encoder_layer_0.ln_2", "encoder.layers.encoder_layer_1.ln_2"),
+    ),
+    Case(
+        "swin_t",
+        lambda: openood_network("swin_t").Swin_T(
+            embed_dim=8, depths=[1, 2, 1], num_heads=[1, 2, 2], window_size=[3, 3], num_classes=11
+        ),
+        32,
+        "permute",
+    ),
+    Case("regnet_y_16gf", small_regnet, 32, "trunk_output"),
+    Case("lenet", lambda: openood_network("lenet").LeNet(11), 28, "block2", splits=("block1.0", "block2.0")),
+]
+
+
+# --- traps ----------------------------------------------------------------------------------------------------------------
+
+OWN_SPLITS = {
+    "Functional": ("stem", "conv1", "act", "last"),
+    # Its stem computes without gradients: autograd itself has nothing to say about "norm0".
+    "FrozenStem": ("norm1", "norm9"),
+    "Dropouts": ("norm0", "drop1", "norm1", "drop2", "same", "norm9"),
+    "Pooled": ("norm0", "norm1", "pool", "norm2", "act", "norm9"),
+    "RectifiedBehindItsBack": ("norm0", "norm1", "relu", "norm9"),
+    "InPlaceResidual": ("norm0", "norm1", "relu", "norm2", "relu#2", "norm9"),
+    "Reused": ("norm0", "norm1", "norm1#2", "norm1#3", "conv1#3", "norm9"),
+}
+
+HANDMADE = [Case(name, make, 16, "feature", OWN_SPLITS.get(name, ()), at_most=12) for name, make in TRAPS.items()]
+HANDMADE += [Case("Plain", Plain, 16, "relu2", ("conv1", "conv2"))]
+
+ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]

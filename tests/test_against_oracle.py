@@ -1,0 +1,137 @@
+"""SandI equals the naive reference of :mod:`tests.oracle` in float64, on every network of :mod:`tests.networks`."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openood_sandi import SandI
+from tests import networks
+from tests.networks import Case
+from tests.oracle import Options, Reference
+
+RELATIVE = 1e-12
+COMBINES = ("count", "union", "intersection")
+
+every_network = pytest.mark.parametrize("case", networks.ALL, ids=lambda case: case.name)
+every_trap = pytest.mark.parametrize("case", networks.HANDMADE, ids=lambda case: case.name)
+SOME = [c for c in networks.HANDMADE if c.name in ("InPlaceResidual", "Reused", "Attention", "Branches")]
+some_networks = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+
+
+@lru_cache(maxsize=1)  # the tests of one network follow each other
+def network(case: Case) -> tuple[nn.Module, Tensor]:
+    return networks.build(case), networks.images(case)
+
+
+@lru_cache(maxsize=4)
+def reference(case: Case, options: Options) -> Reference:
+    net, x = network(case)
+    return Reference(net, x, networks.split_points(case, net, x, before=options.feature), options)
+
+
+def detector_like(naive: Reference, **options: object) -> SandI:
+    """SandI with the options of a reference, but for those given."""
+    own = dict(vars(naive.options))
+    own["feature"] = own["feature"] or "auto"
+    return SandI(naive.net, splits=naive.splits, **(own | options))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for split, values in expected.items():
+        assert found[split].shape == values.shape, f"{split}: {found[split].shape}, expected {values.shape}"
+        error = (found[split] - values).abs().max() / values.abs().max().clamp(min=1e-300)
+        assert error <= RELATIVE, f"{split}: relative error {error:.1e}"
+
+
+def assert_agrees(detector: SandI, naive: Reference, combine: str | None = None, steps: int | None = None) -> None:
+    """Predictions, densities and tau, for the whole batch and for its first image alone."""
+    densities, tau = naive.densities(combine, steps), naive.tau(combine, steps)
+    for batch in (len(naive.x), 1):
+        found_pred, found_tau = detector(naive.x[:batch])
+        assert torch.equal(found_pred, naive.pred[:batch])
+        assert found_tau.dtype == tau.dtype and found_tau.shape == (batch,)
+        assert ((found_tau - tau[:batch]).abs() <= RELATIVE * tau[:batch]).all()
+        assert_same(detector.densities(naive.x[:batch]), {split: e[:batch] for split, e in densities.items()})
+    assert detector.split_names == naive.splits
+
+
+# Long paths of big networks cost time and add nothing: they are left to the traps.
+Z_SETTINGS = [(steps, combine) for steps, combine in itertools.product((1, 2, 3), COMBINES)]
+Z_SHORT = [(1, "count"), (2, "count"), (2, "union"), (2, "intersection")]
+
+
+@every_network
+def test_z(case: Case) -> None:
+    trap = case in networks.HANDMADE
+    naive = reference(case, Options("Z", steps=3 if trap else 2, step_size=0.01))
+    for steps, combine in Z_SETTINGS if trap else Z_SHORT:
+        assert_agrees(detector_like(naive, steps=steps, combine=combine), naive, combine, steps)
+
+
+@every_network
+def test_a(case: Case) -> None:
+    trap = case in networks.HANDMADE
+    naive = reference(case, Options("A", steps=3 if trap else 2, step_size=0.01, feature=case.feature))
+    for steps in (1, 2, 3) if trap else (2,):
+        assert_agrees(detector_like(naive, steps=steps), naive, steps=steps)
+
+
+@every_trap
+@pytest.mark.parametrize("attribution, ascent", [("max_logit", "cross_entropy"), ("cross_entropy", "max_logit")])
+def test_explain(case: Case, attribution: str, ascent: str) -> None:
+    naive = reference(case, Options("Z", steps=2, step_size=0.01, attribution=attribution, ascent=ascent))
+    for variant in ("Z", "A"):
+        assert_same(detector_like(naive, variant=variant).explain(naive.x), naive.explain())
+
+
+@some_networks
+@pytest.mark.parametrize("variant", ["Z", "A"])
+@pytest.mark.parametrize("splitting", [True, False], ids=["splitting", "input_only"])
+@pytest.mark.parametrize("attribution", ["max_logit", "cross_entropy"])
+@pytest.mark.parametrize("ascent", ["max_logit", "cross_entropy"])
+@pytest.mark.parametrize("epsilon", [float("inf"), 0.05])
+def test_losses_ball_and_input_attack(
+    case: Case, variant: str, splitting: bool, attribution: str, ascent: str, epsilon: float
+) -> None:
+    options = Options(
+        variant,
+        steps=3,
+        step_size=0.01,
+        epsilon=epsilon,
+        attribution=attribution,
+        ascent=ascent,
+        splitting=splitting,
+        feature=case.feature if variant == "A" else "",
+    )
+    naive = reference(case, options)
+    assert_agrees(detector_like(naive), naive)
+    if variant == "Z":
+        assert_same(detector_like(naive).explain(naive.x), naive.explain())
+
+
+@some_networks
+@pytest.mark.parametrize("top_over", ["channels", "labels"])
+@pytest.mark.parametrize("top_fraction", [0.01, 0.5, 1.0])
+def test_top_fraction(case: Case, top_over: str, top_fraction: float) -> None:
+    options = Options("A", step_size=0.01, feature=case.feature, top_over=top_over, top_fraction=top_fraction)
+    naive = reference(case, options)
+    assert_agrees(detector_like(naive), naive)
+
+
+@some_networks
+def test_options_matter(case: Case) -> None:
+    """The settings above lead to different scores: their agreement with the reference says something."""
+    base = reference(case, Options("Z", steps=3, step_size=0.01)).tau()
+    for options in (
+        Options("Z", steps=3, step_size=0.01, splitting=False),
+        Options("Z", steps=3, step_size=0.01, epsilon=0.05),
+        Options("Z", steps=3, step_size=0.01, combine="union"),
+        Options("Z", steps=3, step_size=0.01, ascent="max_logit"),
+    ):
+        assert not torch.allclose(reference(case, options).tau(), base, rtol=1e-9), options
