@@ -1,4 +1,4 @@
-"""What :class:`openood_sandi.SandI` asks of its options, its network and its images, and what it says if they differ."""
+"""What :class:`openood_sandi.SandI` asks of its options, network and images, and what it says where they differ."""
 
 from __future__ import annotations
 

@@ -124,27 +124,36 @@ def _replay(
 def walk_gates(
     tape: Tape, x: Tensor, gates: Mapping[Site, Gate], ascent: Callable[[Tensor], Loss], attack: Attack,
     observer: Observer,
-) -> Tensor:  # fmt: skip
-    """The patterns of g_1 (and of g_2, at two steps) at splits that feed a rectifier; returns the logits (B, classes).
+) -> tuple[Tensor, list[Site]]:  # fmt: skip
+    """The patterns of g_1 (and of g_2, at two steps) at splits that feed a rectifier, from one forward pass.
 
-    One forward and, for g_2, one backward pass: the observer is given masks in place of gradients.
+    The observer is given masks in place of gradients. At two steps there is one backward pass, for the direction of
+    the step, whose zeros should be those of the mask.
+
+    Returns:
+        The logits (B, classes), and the sites where they are not, on this batch.
     """
     if attack.steps == 1:
         with torch.no_grad():
             logits = tape.record(x)
         for site, gate in gates.items():
             observer.gradient(site, gate.clean(tape.calls))
-        return logits
+        return logits, []
     clean: dict[Site, Tensor] = {}
     logits = tape.record(x, _leaves(clean))
+    zeros_differ: dict[Site, Tensor] = {}
 
     def receive(site: Site, gradient: Tensor) -> None:
-        z = clean[site].detach()
-        observer.gradient(site, gates[site].clean(tape.calls))
-        observer.gradient(site, gates[site].perturbed(attack.advance(z, z, gradient.sign()), tape.calls))
+        z, direction = clean[site].detach(), gradient.sign()
+        mask = gates[site].clean(tape.calls)
+        observer.gradient(site, mask)
+        observer.gradient(site, gates[site].perturbed(attack.advance(z, z, direction), tape.calls))
+        # What is cut off has gradient zero for certain, so equal numbers are equal places.
+        zeros_differ[site] = mask.sum(dtype=torch.int32) != direction.count_nonzero()
 
     _backward(ascent(logits)(logits.unsqueeze(0), None), clean, (), receive, retain=False)
-    return logits.detach()
+    differs = torch.stack(list(zeros_differ.values())).tolist()
+    return logits.detach(), [site for site, differ in zip(zeros_differ, differs, strict=True) if differ]
 
 
 def walk_input(

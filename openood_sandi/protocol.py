@@ -32,7 +32,7 @@ def overrides() -> list[str]:
     """The protocol's ``--key value`` arguments: the checkpoint, no question on stdin, CPU where need be."""
     import torch
 
-    gpus = [] if torch.cuda.is_available() else ["--num_gpus", "0"]
+    gpus = [] if torch.cuda.device_count() else ["--num_gpus", "0"]
     return ["--network.checkpoint", CHECKPOINT, "--merge_option", "merge", *gpus]
 
 

@@ -236,8 +236,7 @@ class Tape(TorchFunctionMode):
 
 # Calls that turn a tensor's values into Python data, on which control flow may depend.
 _VALUES = frozenset(
-    ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "__array__")
-    + ("equal", "allclose", "is_nonzero")
+    ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose")
 )
 
 

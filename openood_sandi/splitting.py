@@ -147,6 +147,7 @@ class Survey:
         if self._last_map is None:
             return points
         last_map = self._split_at(self._last_map)
+        points = [point for point in points if self._position(point.site) <= self._position(last_map.site)] or points
         resolution = self._resolution(last_map)
         last = [point for point in points if self._resolution(point) == resolution] or points[-1:]
         holders: list[tuple[int, list[Split]]] = []
@@ -199,7 +200,7 @@ class Survey:
         owner = min(around, key=lambda layer: layer.stop - layer.start)
         kind = self.calls[position].name.strip("_")
         before = sum(call.name == self.calls[position].name for call in self.calls[owner.start : position])
-        name = f"{owner.site.name}:{kind}" + (f"#{before + 1}" if before else "")
+        name = f"{owner.site.name}:{kind}".lstrip(":") + (f"#{before + 1}" if before else "")
         return Split(Site(name, None, position), _channel_axis(None, result))
 
     def _position(self, site: Site) -> int:
@@ -217,14 +218,17 @@ class Survey:
         return tuple(shape)
 
     def _find_last_map(self) -> int | None:
-        """The tape position of the last feature map with more than one position."""
+        """The tape position of the last feature map that has channels and more than one position."""
         for position in range(len(self.calls) - 1, -1, -1):
             result = self.calls[position].result
-            if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() < 3:
-                continue
-            axis = _channel_axis(None, result)
-            if result.shape[0] == self._batch_size and result.numel() > result.shape[0] * result.shape[axis]:
-                return position
+            if (
+                isinstance(result, Tensor)
+                and result.is_floating_point()
+                and result.dim()
+                and len(result) == self._batch_size
+            ):
+                if sum(length > 1 for length in result.shape[1:]) > 1:
+                    return position
         return None
 
 
@@ -265,8 +269,8 @@ _NORMALISATIONS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
 )
 _ACTIVATIONS = frozenset(
-    "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softplus sigmoid tanh".split()
-)
+    ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "softplus", "gelu", "silu")
+) | {"mish", "hardswish", "sigmoid", "tanh"}
 
 
 def _is_normalisation(module: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def source() -> Path:
 def wheel() -> Path:
     """The built wheel."""
     folder = workspace() / "wheel"
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source()))
+    pip(sys.executable, "wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(source()))
     (built,) = folder.glob("*.whl")
     return built
 
@@ -55,7 +55,7 @@ def wheel() -> Path:
 def wheel_python() -> str:
     """Python of an environment that has the wheel."""
     python = environment("from-wheel")
-    pip("--python", python, "install", "--no-deps", "--no-index", str(wheel()))
+    pip(python, "install", "--ignore-installed", str(wheel()))
     return python
 
 
@@ -63,7 +63,7 @@ def wheel_python() -> str:
 def editable_python() -> str:
     """Python of an environment that has an editable install."""
     python = environment("editable")
-    pip("--python", python, "install", "--no-deps", "--no-index", "--no-build-isolation", "-e", str(source()))
+    pip(python, "install", "--ignore-installed", "--no-build-isolation", "-e", str(source()))
     return python
 
 
@@ -78,8 +78,10 @@ def environment(name: str) -> str:
     return str(folder / "bin" / "python")
 
 
-def pip(*arguments: str) -> None:
-    run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, cwd=workspace())
+def pip(python: str, command: str, *arguments: str) -> None:
+    """Run pip without dependencies and without an index."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    run(python, "-m", "pip", command, *options, *arguments, cwd=workspace())
 
 
 def run(

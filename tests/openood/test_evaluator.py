@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import pickle
 import weakref
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -212,6 +212,7 @@ def test_eval_ood_script(checkout: Path) -> None:
     installation.run(installation.wheel_python(), "scripts/eval_ood.py", *arguments, cwd=checkout)
     with (root / "s0/scores/sandi.pkl").open("rb") as file:
         check_scores(pickle.load(file), checkout, SandI(tiny.network()))
-    table = pd.read_csv(root / "ood/sandi.csv", index_col=0)
-    assert list(table.index) == [*tiny.NEAR, "nearood", *tiny.FAR, "farood"]
+    with (root / "ood/sandi.csv").open() as file:
+        rows = [row[0] for row in csv.reader(file)]
+    assert rows[1:] == [*tiny.NEAR, "nearood", *tiny.FAR, "farood"]
     assert git_status(checkout) == ""
