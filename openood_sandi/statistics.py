@@ -57,9 +57,9 @@ class NonZeroDensity:
         elif site not in self._masks:
             self._masks[site] = nonzero
         elif self._combine == "union":
-            self._masks[site] |= nonzero
+            self._masks[site] = self._masks[site] | nonzero
         else:
-            self._masks[site] &= nonzero
+            self._masks[site] = self._masks[site] & nonzero
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, in [0, 1]."""

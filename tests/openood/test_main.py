@@ -175,7 +175,7 @@ def test_missing_files_are_named_at_once(bare_checkout: Path) -> None:
 
 
 def test_missing_images_of_one_set(checkout: Path) -> None:
-    lost = checkout / "data/images_classic/svhn/test/3.png"
+    lost = checkout / "data/images_classic/svhn/test/1.png"
     kept = lost.rename(lost.with_suffix(".kept"))
     try:
         result = main("--postprocessor", "sandi", cwd=checkout, check=False)

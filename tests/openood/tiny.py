@@ -66,7 +66,7 @@ def read_images(checkout: Path, name: str, split: str = "test") -> Tensor:
     folder = checkout / "data/images_classic" / name / split
     files = [folder / f"{number}.png" for number in range(IMAGES)]
     pixels = np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.float32) / 255
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2) - _channels(MEAN)) / _channels(STD)
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() - _channels(MEAN)) / _channels(STD)
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:
