@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.replay import ReplayError
+from openood_sandi.errors import ReplayError
 
 _CHOICES = {
     "variant": ("auto", "Z", "A"),

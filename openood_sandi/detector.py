@@ -7,16 +7,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from openood_sandi import checks
-from openood_sandi.attack import Attack, Loss, Objective, cross_entropy, log_softmax_sum, max_logit, top_channels
+from openood_sandi.attack import Attack
+from openood_sandi.errors import ReplayError
 from openood_sandi.memory import free_memory
-from openood_sandi.paths import Observer, Plan, walk_gates, walk_input, walk_splits
+from openood_sandi.objectives import Plan, ascended, channel_average_plan, logits_plan
+from openood_sandi.paths import Observer, walk_gates, walk_input, walk_splits
 from openood_sandi.rectifiers import Gate, find_gates
-from openood_sandi.replay import ReplayError, Site, Tape
+from openood_sandi.replay import Site, Tape
 from openood_sandi.splitting import Split, survey
 from openood_sandi.statistics import AttributionMaps, ChannelAverage, NonZeroDensity, score
 
@@ -107,6 +110,7 @@ class SandI:
         self._gates: dict[Site, Gate] | None = None
         self._call_names: tuple[str, ...] = ()
         self._unchecked = 0
+        self._bytes_per_pixel = 0.0
 
     # ------------------------------------------------------------------ public
 
@@ -130,10 +134,8 @@ class SandI:
 
     def explain(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: (B, R, S)}: the maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
-        with self._ready(x) as (x, splits, _):
-            observer = AttributionMaps(splits)
-            self._walk(x, splits, None, self._plan_logits(splits), observer)
-        return observer.maps()
+        with self._ready(x) as (parts, splits, _):
+            return _joined([self._explain_part(part, splits) for part in parts])
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -145,18 +147,29 @@ class SandI:
     # ------------------------------------------------------------------ scoring
 
     def _score(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._ready(x) as (x, splits, feature):
-            if feature is not None:
-                average = ChannelAverage(splits, feature, self.attack.steps)
-                plan = self._plan_feature(splits, feature)
-                return self._walk(x, (*splits, feature), feature.site, plan, average), average.densities()
-            if self._gates is None:
-                self._gates = dict(self._candidate_gates)
-                self._check_gates(x[: _FIRST_CHECK if self._follows_gates().steps > 1 else None])
-            elif self._unchecked >= _CHECK_EVERY:
-                self._check_gates(x[:_LATER_CHECK])
-            self._unchecked += len(x)
-            return self._score_z(x, splits, self._gates)
+        with self._ready(x) as (parts, splits, feature):
+            scored = [self._score_part(part, splits, feature) for part in parts]
+        return torch.cat([logits for logits, _ in scored]), _joined([densities for _, densities in scored])
+
+    def _explain_part(self, x: Tensor, splits: Sequence[Split]) -> dict[str, Tensor]:
+        observer = AttributionMaps(splits)
+        self._walk(x, splits, None, logits_plan(splits, self.attribution, self.ascent), observer)
+        return observer.maps()
+
+    def _score_part(
+        self, x: Tensor, splits: Sequence[Split], feature: Split | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if feature is not None:
+            average = ChannelAverage(splits, feature, self.attack.steps)
+            plan = channel_average_plan(splits, feature, self.ascent, self.top_fraction, self.top_over)
+            return self._walk(x, (*splits, feature), feature.site, plan, average), average.densities()
+        if self._gates is None:
+            self._gates = dict(self._candidate_gates)
+            self._check_gates(x[: _FIRST_CHECK if self._follows_gates().steps > 1 else None])
+        elif self._unchecked >= _CHECK_EVERY:
+            self._check_gates(x[:_LATER_CHECK])
+        self._unchecked += len(x)
+        return self._score_z(x, splits, self._gates)
 
     def _score_z(
         self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
@@ -170,7 +183,12 @@ class SandI:
             density = NonZeroDensity(gated, attack.steps, self.combine)
             tape = Tape(self.net, [split.site for split in gated])
             logits, doubtful = walk_gates(
-                tape, x, {split.site: gates[split.site] for split in gated}, self._ascent, attack, density
+                tape,
+                x,
+                {split.site: gates[split.site] for split in gated},
+                partial(ascended, self.ascent),
+                attack,
+                density,
             )
             if tape.call_names != self._call_names:  # gates are places on the tape of the first batch
                 return self._score_z(x, splits, {})
@@ -179,7 +197,7 @@ class SandI:
                 found |= self._settle([split for split in gated if split.site in doubtful], x, found)
         if others:
             density = NonZeroDensity(others, self.attack.steps, self.combine)
-            logits = self._walk(x, others, None, self._plan_logits(others), density)
+            logits = self._walk(x, others, None, logits_plan(others, self.attribution, self.ascent), density)
             found |= density.densities()
         return logits, {split.name: found[split.name] for split in splits}
 
@@ -217,10 +235,9 @@ class SandI:
     def _walk(self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer) -> Tensor:
         tape = Tape(self.net, [split.site for split in splits])
         if self.splitting:
-            budget = int(self.memory_fraction * free_memory(x.device))
-            logits = walk_splits(tape, x, feature, plan, self.attack, observer, budget)
+            logits = walk_splits(tape, x, feature, plan, self.attack, observer, self._budget(x) // 2)
         else:
-            logits = walk_input(tape, x, feature, plan, self._ascent, self.attack, observer)
+            logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), self.attack, observer)
         if tape.call_names != self._call_names and any(split.site.module is None for split in splits):
             raise ReplayError(
                 "this batch takes the network through other calls than the first one did, so its split points at "
@@ -228,50 +245,11 @@ class SandI:
             )
         return logits
 
-    def _ascent(self, logits: Tensor) -> Loss:
-        return max_logit if self.ascent == "max_logit" else cross_entropy(logits.detach().argmax(1))
-
-    def _plan_logits(self, splits: Sequence[Split]) -> Plan:
-        """Z's objective, and explain's: L_attr and L_step on the logits, the same for every split."""
-
-        def plan(logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
-            labels = logits.detach().argmax(1)
-            losses: dict[str, Loss] = {"max_logit": max_logit, "cross_entropy": cross_entropy(labels)}
-            objective = Objective(losses[self.attribution], losses[self.ascent])
-            return {split.site: objective for split in splits}
-
-        return plan
-
-    def _plan_feature(self, splits: Sequence[Split], feature: Split) -> Plan:
-        """A's objectives: F at the splits, log-softmax at F."""
-
-        def plan(logits: Tensor, value: Tensor | None) -> dict[Site, Objective]:
-            assert value is not None
-            channels = value.shape[feature.channel_axis]
-            weights = logits.new_ones(len(logits), channels)
-            labels = torch.ones_like(logits)
-            if self.top_over == "labels":
-                labels = _top(logits.detach(), self.top_fraction)
-            elif self.top_fraction < 1:
-                (slope,) = torch.autograd.grad(logits.sum(), value, retain_graph=True)
-                slope = slope.movedim(feature.channel_axis, 1).unsqueeze(-1).flatten(2).mean(2)
-                weights = _top(slope, self.top_fraction)
-            inner = top_channels(weights, feature.channel_axis)
-            outer = log_softmax_sum(labels)
-            if self.ascent == "max_logit":
-                objectives = Objective(inner, inner), Objective(outer, outer)
-            else:
-                ascent = self._ascent(logits)
-                objectives = Objective(inner, ascent), Objective(outer, ascent)
-            return {**{split.site: objectives[0] for split in splits}, feature.site: objectives[1]}
-
-        return plan
-
     # ------------------------------------------------------------------ the network
 
     @contextmanager
-    def _ready(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[Split, ...], Split | None]]:
-        """The network with its parameters frozen, gradients enabled, and the split points known."""
+    def _ready(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], tuple[Split, ...], Split | None]]:
+        """The batch in parts that fit in memory, the split points and F, with parameters frozen, gradients enabled."""
         checks.require_images(x)
         checks.require_eval(self.net)
         trainable = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
@@ -283,10 +261,18 @@ class SandI:
                 if self._splits is None:
                     self._find_splits(x[:2])
                 assert self._splits is not None
-                yield x, self._splits, self._feature
+                yield torch.split(x, self._part_size(x)), self._splits, self._feature
             finally:
                 for parameter in trainable:
                     parameter.requires_grad_(True)
+
+    def _part_size(self, x: Tensor) -> int:
+        """How many images half the memory budget holds through a recorded pass; the other half is for replays."""
+        image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
+        return max(1, int(self._budget(x) / 2 / image))
+
+    def _budget(self, x: Tensor) -> int:
+        return int(self.memory_fraction * free_memory(x.device))
 
     def _find_splits(self, x: Tensor) -> None:
         found, recorded = survey(self.net, x)
@@ -302,10 +288,10 @@ class SandI:
         elif self._shortcut_applies():
             self._candidate_gates = find_gates(found.calls, found.positions(splits))
         self._call_names = found.call_names
+        self._bytes_per_pixel = found.size / x.numel()
         self._splits = splits
 
 
-def _top(values: Tensor, fraction: float) -> Tensor:
-    """1 at the floor(fraction K) largest of ``values`` (B, K) in each row, one at least, and 0 elsewhere."""
-    count = max(1, math.floor(fraction * values.shape[1]))
-    return torch.zeros_like(values).scatter_(1, values.topk(count, dim=1).indices, 1.0)
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts of a batch as one."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from openood_sandi import lanes
-from openood_sandi.attack import Attack, Loss, Objective
+from openood_sandi.attack import Attack
+from openood_sandi.errors import ReplayError
+from openood_sandi.objectives import Loss, Objective, Plan
 from openood_sandi.rectifiers import Gate
-from openood_sandi.replay import ReplayError, Site, Tape
+from openood_sandi.replay import Site, Tape
 
-__all__ = ["Observer", "Plan", "walk_gates", "walk_input", "walk_splits"]
-
-Plan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
-"""From clean logits (B, classes) and clean F to the objective of each split (F's own included, if it has one)."""
-
+__all__ = ["Observer", "walk_gates", "walk_input", "walk_splits"]
 
 Receive = Callable[[Site, Tensor], None]
 """Takes in one tensor of a split."""

@@ -9,25 +9,20 @@ control flow, reused modules and functional calls are whatever the network's own
 
 from __future__ import annotations
 
-import functools
-import re
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from openood_sandi import lanes
+from openood_sandi import inplace, lanes
+from openood_sandi.errors import ReplayError
 
-__all__ = ["Call", "ReplayError", "Site", "Tape"]
-
-
-class ReplayError(RuntimeError):
-    """The network does something that a replay cannot repeat; the message names it and says what to do."""
+__all__ = ["Call", "Site", "Tape"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,12 @@ class Call:
     """Tape positions that its tensor arguments came from, in order; -1 for the input, parameters and buffers."""
     options: Mapping[str, Any]
     """Its keyword arguments that are no tensors."""
+
+    def size(self) -> int:
+        """Bytes of its result."""
+        tensors: list[Tensor] = []
+        lanes.map_tensors(self.result, tensors.append)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 Tap = Callable[[Site, Tensor], Tensor]
@@ -120,11 +121,7 @@ class Tape(TorchFunctionMode):
     def suffix_bytes(self, site: Site) -> int:
         """Size of all results that lie behind ``site``: what one more lane of it adds to a replay's forward pass."""
         if not self._sizes:
-            for call in reversed(self.calls):
-                tensors: list[Tensor] = []
-                lanes.map_tensors(call.result, tensors.append)
-                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                self._sizes.append(size + (self._sizes[-1] if self._sizes else 0))
+            self._sizes = list(itertools.accumulate(call.size() for call in reversed(self.calls)))
         return self._sizes[len(self.calls) - 1 - min(self.reached[site], len(self.calls) - 1)]
 
     def _run(self, x: Tensor, tap: Tap) -> Tensor:
@@ -181,7 +178,7 @@ class Tape(TorchFunctionMode):
         if self._replaced:
             args = lanes.map_tensors(args, self.current)
             kwargs = lanes.map_tensors(kwargs, self.current)
-        func, args, kwargs, target = _out_of_place(func, args, kwargs)
+        func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
         if self._recording:
             result = self._record_call(func, args, kwargs)
         else:
@@ -215,7 +212,7 @@ class Tape(TorchFunctionMode):
         if not perturbed:
             return recorded.result
         if lanes.has_tensor(recorded.result):
-            if func is _set_item:
+            if func is inplace.set_item:
                 args = (lanes.spread(args[0], perturbed), *args[1:])
             return self._call_lanes(func, args, kwargs, recorded.result)
         if _name(func) in _VALUES:
@@ -255,66 +252,3 @@ def _name(func: Callable[..., Any]) -> str:
     owner = getattr(func, "__self__", None)
     name = getattr(func, "__name__", str(func))
     return f"{getattr(owner, '__name__', '')}.{name}" if name in ("__get__", "__set__") else name
-
-
-_IN_PLACE = re.compile(r"[a-z0-9]\w*[a-z0-9]_|[a-z0-9]_")
-_IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|div|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)__")
-
-
-def _set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    changed = tensor.clone()
-    changed[index] = value
-    return changed
-
-
-def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.expand_as(tensor).to(tensor.dtype, copy=True)
-
-
-_TWINS: dict[str, Callable[..., Any]] = {
-    "__setitem__": _set_item,
-    "copy_": _copy,
-    "zero_": torch.zeros_like,
-    "fill_": torch.full_like,
-    "detach_": Tensor.detach,
-}
-_NOT_DATA = frozenset(("requires_grad_", "share_memory_"))
-
-
-def _out_of_place(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """The call with an in-place function exchanged for its out-of-place twin, and the tensor it would have changed.
-
-    Recorded results must keep the value they had, and a leaf of the autograd graph must not be written to.
-    """
-    name = getattr(func, "__name__", "")
-    if kwargs.get("inplace") is True:
-        return func, args, {**kwargs, "inplace": False}, args[0] if args else kwargs["input"]
-    twin = _TWINS.get(name)
-    if twin is None and name not in _NOT_DATA:
-        if _IN_PLACE_OPERATOR.fullmatch(name):
-            twin = getattr(Tensor, "__" + name[3:], None)
-        elif _IN_PLACE.fullmatch(name):
-            twin = next((getattr(s, name[:-1]) for s in (Tensor, F, torch) if hasattr(s, name[:-1])), None)
-            if twin is None:
-                raise ReplayError(
-                    f"the network calls {name!r}, which changes a tensor in place and has no out-of-place twin; "
-                    f"write it without the trailing underscore in the network's forward"
-                )
-    if twin is None:
-        return func, args, kwargs, None
-    target = args[0] if args else kwargs["input"]
-    if any(isinstance(arg, Tensor) and arg.dtype != target.dtype for arg in args[1:]):
-        twin = _keeping_dtype(twin, target.dtype)
-    return twin, args, kwargs, target
-
-
-def _keeping_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """``function`` without type promotion, as its in-place twin would have it."""
-
-    @functools.wraps(function)
-    def converted(*args: Any, **kwargs: Any) -> Tensor:
-        return function(*args, **kwargs).to(dtype)
-
-    return converted

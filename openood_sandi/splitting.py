@@ -56,6 +56,7 @@ class Survey:
         self._modules = [name for name, _ in net.named_modules() if name]
         self.calls = tape.calls
         self.call_names = tape.call_names
+        self.size = sum(call.size() for call in tape.calls)
         self._layers = layers
         self._by_name = {layer.site.name: layer for layer in layers}
         self._batch_size = batch_size
@@ -185,8 +186,8 @@ class Survey:
     def _module_split(self, layer: _Layer) -> Split:
         if not isinstance(layer.output, Tensor) or not layer.output.is_floating_point() or layer.output.dim() < 2:
             raise ValueError(
-                f"split point {layer.site.name!r} returns {_describe(layer.output)}, not one tensor (B, channels, ...); "
-                "name a submodule of it that does"
+                f"split point {layer.site.name!r} returns {_describe(layer.output)}, not one floating-point tensor "
+                "(B, channels, ...); name a submodule of it that does"
             )
         return Split(layer.site, _channel_axis(layer.module, layer.output))
 
