@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openood_sandi.errors import ReplayError
 
-__all__ = ["out_of_place", "set_item"]
+__all__ = ["Overwritten", "out_of_place", "set_item"]
 
 _IN_PLACE = re.compile(r"[a-z0-9]\w*[a-z0-9]_|[a-z0-9]_")
 _IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|div|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)__")
@@ -80,3 +80,40 @@ def _keeping_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> Calla
         return function(*args, **kwargs).to(dtype)
 
     return converted
+
+
+class Overwritten:
+    """The memory that in-place calls would have changed, and a guard against tensors that still show it unchanged.
+
+    A tensor that was itself the target is exchanged for the result wherever it is used. A view of it that the
+    network made before, or the tensor that the target was a view of, cannot be: using it later is an error.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(self, target: Tensor, result: Tensor) -> None:
+        """``target`` would now hold ``result``."""
+        self._written.setdefault(target.untyped_storage().data_ptr(), []).append((target, result))
+
+    def require_unread(self, func: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        """Raises ReplayError if one of a call's ``tensors`` shows memory that was written to."""
+        if not self._written:
+            return
+        for tensor in tensors:
+            for target, result in self._written.get(tensor.untyped_storage().data_ptr(), ()):
+                # x[i] += y is three calls: v = x[i]; v += y; x[i] = v. The last one completes x.
+                completes = func is set_item and tensor is args[0] and args[2] is result
+                if not completes and _overlap(target, tensor):
+                    raise ReplayError(
+                        f"the network changes a tensor of shape {tuple(target.shape)} in place and then uses another "
+                        f"view of the same memory, of shape {tuple(tensor.shape)}, in {func.__name__!r}; "
+                        "make that change out of place in the network's forward"
+                    )
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one storage share an element."""
+    marks = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
+    marks.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(marks.as_strided(second.shape, second.stride(), second.storage_offset()).any())

@@ -88,15 +88,18 @@ class Tape(TorchFunctionMode):
         self._position = 0
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self._origin: dict[int, tuple[Tensor, int]] = {}
+        self._overwritten = inplace.Overwritten()
 
     def record(self, x: Tensor, tap: Tap = _keep) -> Tensor:
         """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
         self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
+        self._overwritten = inplace.Overwritten()
         try:
             return self._run(x, tap)
         finally:
             self._recording = False
             self._origin.clear()
+            self._overwritten = inplace.Overwritten()
 
     def release_graph(self) -> None:
         """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
@@ -185,13 +188,17 @@ class Tape(TorchFunctionMode):
             result = self._replay_call(func, args, kwargs)
         if target is not None and isinstance(result, Tensor) and result is not target:
             self._replaced[id(target)] = (target, result)
+            if self._recording:
+                self._overwritten.note(target, result)
         site = self._at_call.get(self._position)
         self._position += 1
         return result if site is None else self._visit(site, result)
 
     def _record_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        producers: list[int] = []
-        lanes.map_tensors((args, kwargs), lambda t: producers.append(self._origin.get(id(t), (t, -1))[1]))
+        tensors: list[Tensor] = []
+        lanes.map_tensors((args, kwargs), tensors.append)
+        self._overwritten.require_unread(func, args, tensors)
+        producers = [self._origin.get(id(tensor), (tensor, -1))[1] for tensor in tensors]
         result = func(*args, **kwargs)
         position = len(self.calls)
         # Keeping the tensor beside its position keeps its id from being reused.

@@ -118,8 +118,5 @@ class AttributionMaps:
         self._maps[site] = self._maps[site].add_(part) if site in self._maps else part
 
     def maps(self) -> dict[str, Tensor]:
-        """{split name: (B, R, S)}; tokens and vectors have S = 1."""
-        return {
-            site.name: self._maps[site].flatten(1).unsqueeze(-1) if self._maps[site].dim() < 3 else self._maps[site]
-            for site in self._axes
-        }
+        """{split name: (B, R, S)}; tokens have S = 1, vectors R = S = 1."""
+        return {site.name: self._maps[site][(...,) + (None,) * (3 - self._maps[site].dim())] for site in self._axes}
