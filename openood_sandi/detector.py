@@ -207,8 +207,9 @@ class SandI:
         return self._rectifier_shortcut and few and self.splitting and self.attribution == "max_logit"
 
     def _follows_gates(self) -> Attack:
-        """The attack as far as gates have to follow it: the union of patterns is the first one."""
-        return replace(self.attack, steps=1) if self.combine == "union" else self.attack
+        """The attack as far as gates have to follow it: the union of a rectifier's patterns is the first one."""
+        first = self.combine == "union" and all(gate.pooling is None for gate in self._candidate_gates.values())
+        return replace(self.attack, steps=1) if first else self.attack
 
     def _check_gates(self, x: Tensor) -> None:
         """Compares the gates with true gradients on ``x`` and gives up those that differ."""
@@ -286,7 +287,8 @@ class SandI:
             self._feature = found.feature(self._wanted_feature)
             splits = found.before(self._feature, splits, self._wanted_splits)
         elif self._shortcut_applies():
-            self._candidate_gates = find_gates(found.calls, found.positions(splits))
+            gates = find_gates(found.calls, found.positions(splits))
+            self._candidate_gates = {s: g for s, g in gates.items() if self.attack.steps <= 2 or g.pooling is None}
         self._call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
         self._splits = splits

@@ -40,12 +40,18 @@ class Site:
 class Call:
     """One torch call of a recorded forward pass."""
 
-    name: str
+    func: Callable[..., Any]
     result: Any
     producers: tuple[int, ...]
     """Tape positions that its tensor arguments came from, in order; -1 for the input, parameters and buffers."""
+    constants: tuple[Any, ...]
+    """Its positional arguments that hold no tensors."""
     options: Mapping[str, Any]
-    """Its keyword arguments that are no tensors."""
+    """Its keyword arguments that hold no tensors."""
+
+    @property
+    def name(self) -> str:
+        return _name(self.func)
 
     def size(self) -> int:
         """Bytes of its result."""
@@ -203,13 +209,14 @@ class Tape(TorchFunctionMode):
         position = len(self.calls)
         # Keeping the tensor beside its position keeps its id from being reused.
         lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
+        constants = tuple(value for value in args if not lanes.has_tensor(value))
         options = {key: value for key, value in kwargs.items() if not lanes.has_tensor(value)}
-        self.calls.append(Call(_name(func), result, tuple(producers), options))
+        self.calls.append(Call(func, result, tuple(producers), constants, options))
         return result
 
     def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorded = self.calls[self._position] if self._position < len(self.calls) else None
-        if recorded is None or recorded.name != _name(func):
+        if recorded is None or (recorded.func is not func and recorded.name != _name(func)):
             expected = "the end" if recorded is None else repr(recorded.name)
             raise ReplayError(
                 f"call {self._position} of the forward pass was {_name(func)!r} but {expected} when recorded: the "
