@@ -43,11 +43,13 @@ class Call:
     func: Callable[..., Any]
     result: Any
     producers: tuple[int, ...]
-    """Tape positions that its tensor arguments came from, in order; -1 for the input, parameters and buffers."""
+    """Tape positions that its tensor arguments came from, in order; -1 for what was not computed from the input."""
     constants: tuple[Any, ...]
     """Its positional arguments that hold no tensors."""
     options: Mapping[str, Any]
     """Its keyword arguments that hold no tensors."""
+    derived: bool
+    """Whether any of its arguments was computed from the input: if not, it may change tensors in place."""
 
     @property
     def name(self) -> str:
@@ -94,12 +96,14 @@ class Tape(TorchFunctionMode):
         self._position = 0
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self._origin: dict[int, tuple[Tensor, int]] = {}
+        """Tensors computed from the input and where; the tensor itself keeps its id from being reused."""
         self._overwritten = inplace.Overwritten()
 
     def record(self, x: Tensor, tap: Tap = _keep) -> Tensor:
         """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
         self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
         self._overwritten = inplace.Overwritten()
+        self._origin[id(x)] = (x, -1)
         try:
             return self._run(x, tap)
         finally:
@@ -168,9 +172,13 @@ class Tape(TorchFunctionMode):
                 f"split point {site.name!r} returns {type(output).__name__}, not a tensor; "
                 f"name a submodule of it that returns one tensor"
             )
-        if self._recording:
-            self.reached[site] = self._position
-        return self._tap(site, self.current(output))
+        tensor = self.current(output)
+        if not self._recording:
+            return self._tap(site, tensor)
+        self.reached[site] = self._position
+        tapped = self._tap(site, tensor)
+        self._origin[id(tapped)] = (tapped, self._origin.get(id(tensor), (tensor, -1))[1])
+        return tapped
 
     def current(self, tensor: Tensor) -> Tensor:
         """What ``tensor`` holds now: in-place calls leave it alone and are remembered here instead."""
@@ -187,9 +195,17 @@ class Tape(TorchFunctionMode):
         if self._replaced:
             args = lanes.map_tensors(args, self.current)
             kwargs = lanes.map_tensors(kwargs, self.current)
-        func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
+        tensors: list[Tensor] = []
+        target = None
         if self._recording:
-            result = self._record_call(func, args, kwargs)
+            lanes.map_tensors((args, kwargs), tensors.append)
+            derived = any(id(tensor) in self._origin for tensor in tensors)
+        else:
+            derived = self._position >= len(self.calls) or self.calls[self._position].derived
+        if derived:
+            func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
+        if self._recording:
+            result = self._record_call(func, args, kwargs, tensors, derived)
         else:
             result = self._replay_call(func, args, kwargs)
         if target is not None and isinstance(result, Tensor) and result is not target:
@@ -200,18 +216,23 @@ class Tape(TorchFunctionMode):
         self._position += 1
         return result if site is None else self._visit(site, result)
 
-    def _record_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors: list[Tensor] = []
-        lanes.map_tensors((args, kwargs), tensors.append)
+    def _record_call(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        derived: bool,
+    ) -> Any:
         self._overwritten.require_unread(func, args, tensors)
-        producers = [self._origin.get(id(tensor), (tensor, -1))[1] for tensor in tensors]
         result = func(*args, **kwargs)
-        position = len(self.calls)
-        # Keeping the tensor beside its position keeps its id from being reused.
-        lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
+        if derived:
+            position = len(self.calls)
+            lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
+        producers = tuple(self._origin.get(id(tensor), (tensor, -1))[1] for tensor in tensors)
         constants = tuple(value for value in args if not lanes.has_tensor(value))
         options = {key: value for key, value in kwargs.items() if not lanes.has_tensor(value)}
-        self.calls.append(Call(func, result, tuple(producers), constants, options))
+        self.calls.append(Call(func, result, producers, constants, options, derived))
         return result
 
     def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
