@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -54,6 +54,8 @@ OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sa
     "tqdm",
 ]
 
+BENCH = ["matplotlib", "pandas", "scikit-learn", "tqdm"]
+
 setup(
     name="openood-sandi",
     version=VERSION,
@@ -63,21 +65,13 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["openood_sandi"],
+    packages=find_packages(include=["openood_sandi", "openood_sandi.*"]),
     package_data={"openood_sandi": ["py.typed"]},
     install_requires=["numpy", "torch>=2.2"],
     extras_require={
         "openood": OPENOOD,
-        "bench": ["matplotlib", "pandas", "scikit-learn", "tqdm"],
-        "test": [
-            "build",
-            "hypothesis",
-            "pytest",
-            "pyyaml>=5.4.1",
-            "scikit-learn",
-            "setuptools>=77",
-            "torchvision",
-        ],
+        "bench": BENCH,
+        "test": [*BENCH, "build", "hypothesis", "pytest", "pyyaml>=5.4.1", "setuptools>=77", "torchvision"],
         "dev": ["mypy", "ruff"],
     },
     entry_points={

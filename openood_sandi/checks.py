@@ -51,10 +51,11 @@ def eager_network(net: nn.Module) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is {type(net).__name__}, expected an eager torch.nn.Module")
     while True:
+        compiled = getattr(net, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             net = net.module
-        elif isinstance(net, torch._dynamo.OptimizedModule):
-            net = net._orig_mod
+        elif isinstance(compiled, nn.Module):
+            net = compiled
         else:
             break
     if isinstance(net, torch.jit.ScriptModule):

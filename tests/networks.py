@@ -123,16 +123,54 @@ def torchvision(name: str, size: int, feature: str, splits: tuple[str, ...] = ()
     return Case(name, make, size, feature, splits, at_most=4)
 
 
-def light_head(name: str, size: int, inputs: int, splits: tuple[str, ...] = ()) -> Case:
-    """VGG and AlexNet, with a small classifier in place of some hundred million weights."""
+def small_efficientnet() -> nn.Module:
+    module = torchvision_models().efficientnet
+    plan = [(1, 3, 1, 8, 8, 1), (4, 3, 2, 8, 16, 1), (4, 5, 2, 16, 16, 2)]
+    return module.EfficientNet([module.MBConvConfig(*block) for block in plan], dropout=0.2, num_classes=11)
 
-    def make() -> nn.Module:
-        with torch.device("meta"):
-            net = getattr(torchvision_models(), name)(weights=None)
-        net.classifier = nn.Sequential(nn.Dropout(), nn.Linear(inputs, 16), nn.ReLU(True), nn.Linear(16, 11))
-        return net.to_empty(device="cpu")
 
-    return Case(name, make, size, "features", splits, at_most=4)
+def small_vgg() -> nn.Module:
+    vgg = torchvision_models().vgg
+    with torch.device("meta"):  # its classifier is fixed, and of a hundred million weights
+        net = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M"], batch_norm=True), init_weights=False)
+    net.classifier = nn.Sequential(nn.Dropout(), nn.Linear(16 * 7 * 7, 16), nn.ReLU(True), nn.Linear(16, 11))
+    return net.to_empty(device="cpu")
+
+
+def small_alexnet() -> nn.Module:
+    with torch.device("meta"):
+        net = torchvision_models().alexnet(weights=None)
+    net.classifier = nn.Sequential(nn.Dropout(), nn.Linear(256 * 6 * 6, 16), nn.ReLU(True), nn.Linear(16, 11))
+    return net.to_empty(device="cpu")
+
+
+def small_resnext() -> nn.Module:
+    resnet = torchvision_models().resnet
+    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4, num_classes=11)
+
+
+def small_convnext() -> nn.Module:
+    convnext = torchvision_models().convnext
+    stages = [(16, 32, 1), (32, 48, 2), (48, None, 1)]
+    return convnext.ConvNeXt([convnext.CNBlockConfig(*stage) for stage in stages], num_classes=11)
+
+
+def small_swin_v2() -> nn.Module:
+    swin = torchvision_models().swin_transformer
+    return swin.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=12,
+        depths=[2, 2],
+        num_heads=[2, 3],
+        window_size=[4, 4],
+        num_classes=11,
+        block=swin.SwinTransformerBlockV2,
+        downsample_layer=swin.PatchMergingV2,
+    )
+
+
+def small_densenet() -> nn.Module:
+    return torchvision_models().DenseNet(growth_rate=8, block_config=(3, 3), num_init_features=16, num_classes=11)
 
 
 def small_maxvit() -> nn.Module:
@@ -149,20 +187,20 @@ def small_maxvit() -> nn.Module:
 
 
 TORCHVISION = [
-    torchvision("mobilenet_v3_small", 40, "features"),
-    torchvision("efficientnet_b0", 32, "features"),
+    torchvision("mobilenet_v3_small", 40, "features", width_mult=0.25),
+    Case("efficientnet", small_efficientnet, 32, "features", at_most=4),
     torchvision("shufflenet_v2_x0_5", 64, "conv5"),
     torchvision("squeezenet1_1", 48, "features", splits=("features.0", "features.3", "features.9.expand3x3")),
     torchvision("googlenet", 64, "inception5b", init_weights=False, aux_logits=True),
-    torchvision("convnext_tiny", 32, "features"),
+    Case("convnext", small_convnext, 32, "features", at_most=4),
     Case("maxvit", small_maxvit, 32, "blocks.1"),
-    torchvision("mnasnet0_5", 40, "layers"),
-    light_head("vgg11_bn", 32, 512 * 7 * 7),
-    light_head("alexnet", 64, 256 * 6 * 6, splits=("features.0", "features.6", "features.8")),
+    Case("mnasnet", lambda: torchvision_models().MNASNet(0.1, num_classes=11), 40, "layers", at_most=4),
+    Case("vgg_bn", small_vgg, 32, "features"),
+    Case("alexnet", small_alexnet, 64, "features", ("features.0", "features.6", "features.8")),
     torchvision("inception_v3", 80, "Mixed_7c", init_weights=False, aux_logits=True),
-    torchvision("densenet121", 32, "features"),
-    torchvision("resnext50_32x4d", 32, "layer4"),
-    torchvision("swin_v2_t", 32, "permute"),
+    Case("torchvision_densenet", small_densenet, 32, "features.denseblock2", at_most=4),
+    Case("resnext", small_resnext, 32, "layer4", at_most=4),
+    Case("swin_v2", small_swin_v2, 32, "permute"),
 ]
 
 

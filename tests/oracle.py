@@ -123,10 +123,12 @@ def activation(net: nn.Module, x: Tensor, split: str) -> Tensor:
 
 
 def channel_dim(net: nn.Module, split: str, z: Tensor) -> int:
-    """Where a split's K channels lie: last for the norms over trailing dimensions, 1 otherwise."""
+    """Where a split's K channels lie: last for norms over trailing dimensions and for tokens (B, N, D), 1 otherwise."""
     module = net.get_submodule(split.partition("#")[0])
-    trailing = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-    return z.ndim - 1 if trailing else 1
+    if type(module).forward in (nn.LayerNorm.forward, getattr(nn, "RMSNorm", nn.LayerNorm).forward):
+        return z.ndim - 1
+    batch_norm = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    return 2 if z.ndim == 3 and not batch_norm else 1
 
 
 # --- the attack ---------------------------------------------------------------------------------------------------------

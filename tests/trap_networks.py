@@ -136,7 +136,7 @@ class Attention(Trap):
 
 
 class SliceWrites(Trap):
-    """Writes through views, in every common spelling."""
+    """Writes into parts of a tensor, by index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,14 +146,14 @@ class SliceWrites(Trap):
     def middle(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x))
         y[:, :4] += x[:, 4:]
-        y[:, 4:].mul_(0.5)
         y[:, 1] = x[:, 2] * 2
         z = self.norm2(self.conv2(F.relu(y)))
-        z[:, :, ::2].clamp_(min=0)
+        z[z < -1] = 0.5
+        z[:, :, ::2] *= 0.5
         buffer = torch.zeros_like(z)
         buffer[:, :4] = z[:, 4:]
-        buffer[:, 4:].copy_(z[:, :4])
-        return torch.relu_(buffer) + y.mul_(0.5)
+        buffer[:, 4:] = z[:, :4]
+        return F.leaky_relu(buffer, 0.1) + y.mul_(0.5)
 
 
 class SqueezeExcite(Trap):
@@ -306,6 +306,71 @@ class FrozenStem(Trap):
         return self.head(self.feature(self.norm9(self.last(x))).mean((2, 3)))
 
 
+# --- where the pattern of non-zero gradients is not the mask of the rectifier behind the split ------------------------------
+
+
+class TwoRectifiers(Trap):
+    """A split feeds two rectifiers of opposite sign and a clipped one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(), nn.BatchNorm2d(WIDTH)
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(x))
+        return F.relu(y) + F.relu(-y - 0.5) * 2 + F.hardtanh(y, 0.2, 0.7)
+
+
+class Saturated(Trap):
+    """ReLU6 well beyond 6; a rectifier whose negative slope is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2, self.norm2 = conv(), nn.BatchNorm2d(WIDTH), conv(), nn.BatchNorm2d(WIDTH)
+        self.act1, self.act2 = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.act2(self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)) * 8)))) / 4
+
+
+class ZeroWeights(Trap):
+    """Half of a rectified map meets weights of zero; a quarter is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv(6, WIDTH)
+        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 0, 1, 0]).view(1, 6, 1, 1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.norm1(self.conv1(x)))[:, :6] * self.mask)
+
+
+class Gate(Trap):
+    """Images of low contrast have their features switched off, and with them every gradient behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(), nn.BatchNorm2d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.relu(x.flatten(1).std(1) - 0.8)
+        y = F.relu(self.norm1(self.conv1(F.relu(self.norm0(self.stem(x))))))
+        y = self.feature(self.norm9(self.last(y)))
+        return self.head(y.mean((2, 3)) * gate[:, None])
+
+
+class Starved(Trap):
+    """A rectifier that is off everywhere for some images, whose branch then has no gradient; a skip goes around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv()
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return x + F.relu(self.conv2(y) - 4.0)
+
+
 TRAPS: dict[str, type[nn.Module]] = {
     trap.__name__: trap
     for trap in (
@@ -326,6 +391,11 @@ TRAPS: dict[str, type[nn.Module]] = {
         Upsampling,
         Functional,
         FrozenStem,
+        TwoRectifiers,
+        Saturated,
+        ZeroWeights,
+        Gate,
+        Starved,
     )
 }
 """Those with a module "feature" for variant A; ``Plain`` besides."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .methods import Scorer
-
 MIN_TURNS = 7
 MIN_SECONDS = 1.0  # a small network needs more turns for a steady median
 
@@ -26,33 +24,48 @@ class Cost:
     """Time of scoring over the time of a plain forward pass without gradients: quartiles, in order."""
 
 
-def measure(net: nn.Module, scorer: Scorer, images: Tensor) -> Cost:
+def measure(
+    net: nn.Module,
+    scorer: Callable[[Tensor], object],
+    images: Tensor,
+    *,
+    turns: int | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Cost:
     """Time ``scorer`` against ``net`` on ``images`` (B, C, H, W), one after the other in turn.
 
     Taking turns lets a slow moment of the machine fall on both alike. A first turn, not counted, takes what
     is done once for a network: memory, kernel choice, the detector's study of the network.
+
+    Args:
+        turns: how many, 2 at least; by default ``MIN_TURNS``, and more where these take less than ``MIN_SECONDS``.
+        clock: in seconds; ``time.perf_counter`` by default.
     """
+    clock = clock or time.perf_counter
 
     @torch.no_grad()
     def forward() -> None:
         net(images)
 
     def turn() -> tuple[float, float]:
-        return _seconds(forward, images.device), _seconds(lambda: scorer(images), images.device)
+        plain = _seconds(forward, images.device, clock)
+        return plain, _seconds(lambda: scorer(images), images.device, clock)
 
     turn()
-    turns = [turn()]
-    while len(turns) < MIN_TURNS or sum(map(sum, turns)) < MIN_SECONDS:
-        turns.append(turn())
-    lower, median, upper = statistics.quantiles((scoring / plain for plain, scoring in turns), n=4)
-    seconds = statistics.median(scoring for _, scoring in turns)
+    taken: list[tuple[float, float]] = []
+    while len(taken) < (turns or MIN_TURNS) or (turns is None and sum(map(sum, taken)) < MIN_SECONDS):
+        taken.append(turn())
+    ratios = [scoring / plain for plain, scoring in taken]
+    # "inclusive" keeps the quartiles of a few turns among their values.
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    seconds = statistics.median(scoring for _, scoring in taken)
     return Cost(images_per_second=len(images) / seconds, forwards=(lower, median, upper))
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     synchronize = getattr(torch, device.type).synchronize
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start

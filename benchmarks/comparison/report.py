@@ -89,9 +89,9 @@ def write(folder: Path, frame: pd.DataFrame, suite: Suite, run: dict[str, Any]) 
         f"Network: {suite.network_description}.",
         "\n".join(described),
     ]
-    _replace(folder / "results.csv", frame.to_csv(index=False))
-    _replace(folder / "results.md", "\n\n".join(sections) + "\n")
-    _replace(folder / "results.json", json.dumps(record, indent=2) + "\n")
+    replace(folder / "results.csv", frame.to_csv(index=False))
+    replace(folder / "results.md", "\n\n".join(sections) + "\n")
+    replace(folder / "results.json", json.dumps(record, indent=2) + "\n")
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,8 +101,8 @@ def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write aside and rename, so that an interruption leaves the earlier file or the new one, never half."""
+def replace(path: Path, text: str) -> None:
+    """Write ``text`` aside and rename, so that an interruption leaves the earlier file or the new one, never half."""
     partial = path.with_suffix(f"{path.suffix}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

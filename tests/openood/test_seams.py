@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from openood_sandi import startup
 from tests import installation
+from tests.openood import tiny
 
 BY_NAME = """
 import warnings
@@ -70,6 +72,23 @@ def test_by_hand_after_import_and_twice(bare_checkout: Path) -> None:
     )
     result = script(bare_checkout, code + BY_NAME + "try_both('sandi')")
     assert result.stdout.splitlines() == ["True", "True True", "True"] + ["sandi SandIPostprocessor"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+def test_without_gpu_only_openoods_own_calls_stay_on_the_cpu(checkout: Path) -> None:
+    code = (
+        "import openood.postprocessors, torch\n"
+        "from openood.networks import get_network\n"
+        "from openood.utils import Config\n"
+        f"settings = dict(name='resnet18_32x32', num_classes=100, checkpoint={str(tiny.CHECKPOINT)!r})\n"
+        "net = get_network(Config(**settings, pretrained=True, num_gpus=1))\n"
+        "print({parameter.device.type for parameter in net.parameters()})\n"
+        f"for call in (net.cuda, torch.zeros(1).cuda, lambda: torch.load({str(tiny.CHECKPOINT)!r})):\n"
+        "    try: call()\n"
+        "    except (AssertionError, RuntimeError): print('refused')\n"
+    )
+    lines = script(checkout, code).stdout.splitlines()
+    assert lines[-4:] == ["{'cpu'}", "refused", "refused", "refused"]
 
 
 def write_package(folder: Path, name: str, entries: str, **files: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-IMAGES = 3
+IMAGES = 2
 CHECKPOINT = Path("results/cifar100_resnet18_32x32_base_e100_lr0.1_default/s0/best.ckpt")
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # OpenOOD's for CIFAR-100
 
@@ -55,10 +56,11 @@ def network() -> nn.Module:
 
 
 def write_checkpoint(net: nn.Module, checkout: Path) -> None:
-    """Save the network where OpenOOD's download puts its own."""
+    """Save the network where OpenOOD's download puts its own, and as those are: as if it were on a GPU."""
     path = checkout / CHECKPOINT
     path.parent.mkdir(parents=True)
-    torch.save(net.state_dict(), path)
+    with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
+        torch.save(net.state_dict(), path)
 
 
 def read_images(checkout: Path, name: str, split: str = "test") -> Tensor:

@@ -1,0 +1,148 @@
+"""One method on one network: its cost, counts, and agreement with the naive loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from comparison.cost import measure
+from torch import Tensor
+
+from openood_sandi import SandI
+from openood_sandi.memory import free_memory
+
+from .instrument import Counts, count
+from .loops import Options, SplitLoop
+from .methods import METHODS, Job
+from .networks import Network
+
+CHECKED = 2
+"""How many images the naive loop's scores are compared on."""
+SLOW_BATCH = 2
+"""Batch size of slow methods on a CPU."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How everything in a run is timed; ``turns`` are those of a method that is not slow."""
+
+    device: torch.device
+    turns: int
+    clock: Callable[[], float]
+    seed: int = 0
+    width: float = 1.0
+    splits: str = "paper"
+
+    def batch_sizes(self, method: str, wanted: list[int]) -> list[int]:
+        """Those of ``wanted`` that the method is timed with; a small one for slow methods on a CPU."""
+        if METHODS[method].slow and self.device.type == "cpu":
+            return [min(SLOW_BATCH, *wanted)]
+        return wanted
+
+    def turns_of(self, method: str) -> int:
+        """How often the method is timed."""
+        return min(self.turns, max(3, self.turns // 3)) if METHODS[method].slow else self.turns
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of the table. Quartiles are of the ratios of single turns."""
+
+    network: str
+    splits: int
+    method: str
+    batch: int
+    turns: int
+    forwards: float
+    forwards_q1: float
+    forwards_q3: float
+    images_per_second: float
+    flops: float
+    """In plain forward passes."""
+    launches: int
+    peak_bytes: int
+    peak_of_kept: float
+    """Peak memory over that of a forward pass that keeps its activations for a backward pass."""
+    peak_of_free: float
+    """Peak memory over what was free before."""
+    differing_counts: int | None
+    """How many channels' counts differ from the naive loop's, in Z."""
+    score_difference: float | None
+    """The largest relative difference of tau from the naive loop's."""
+
+
+class Bench:
+    """One network on one device, measured method by method."""
+
+    def __init__(self, name: str, network: Network, setting: Setting) -> None:
+        self._name, self._network, self._setting = name, network, setting
+        self._net = network.build(setting.width, setting.seed).to(setting.device)
+        self._splits = network.splits(self._net, setting.splits)
+        self._plain: dict[int, tuple[Counts, Counts]] = {}
+        self._expected: dict[Options, dict[str, Tensor]] = {}
+
+    def measure(self, method: str, batch: int) -> Measurement:
+        """The ``method`` on ``batch`` images."""
+        setting = self._setting
+        images = self._images(batch)
+        job = METHODS[method].job(self._net, self._splits, self._network.feature)
+        turns = setting.turns_of(method)
+        cost = measure(self._net, job, images, turns=turns, clock=setting.clock)
+        free = free_memory(setting.device)
+        counts = count(lambda: job(images), setting.device)
+        forward, kept = self._plain_counts(batch)
+        differing_counts, score_difference = self._agreement(method, job)
+        return Measurement(
+            network=self._name,
+            splits=len(self._splits),
+            method=method,
+            batch=batch,
+            turns=turns,
+            forwards=cost.forwards[1],
+            forwards_q1=cost.forwards[0],
+            forwards_q3=cost.forwards[2],
+            images_per_second=cost.images_per_second,
+            flops=counts.flops / forward.flops,
+            launches=counts.launches,
+            peak_bytes=counts.peak_bytes,
+            peak_of_kept=counts.peak_bytes / kept.peak_bytes,
+            peak_of_free=counts.peak_bytes / free,
+            differing_counts=differing_counts,
+            score_difference=score_difference,
+        )
+
+    def _images(self, batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._setting.seed)
+        size = self._network.image_size
+        return torch.randn(batch, 3, size, size, generator=generator).to(self._setting.device)
+
+    def _plain_counts(self, batch: int) -> tuple[Counts, Counts]:
+        """Of a forward pass without a graph, and with the one that the parameters' gradients need."""
+        if batch not in self._plain:
+            images = self._images(batch)
+            with torch.no_grad():
+                forward = count(lambda: self._net(images), self._setting.device)
+            self._plain[batch] = forward, count(lambda: self._net(images), self._setting.device)
+        return self._plain[batch]
+
+    def _agreement(self, method: str, job: Job | SandI | SplitLoop) -> tuple[int | None, float | None]:
+        """Differences from the naive loop with the same options, on a few images."""
+        options = METHODS[method].options
+        if options is None or METHODS[method].kind == "naive" or not isinstance(job, (SandI, SplitLoop)):
+            return None, None
+        images = self._images(CHECKED)
+        if options not in self._expected:
+            loop = SplitLoop(self._net, self._splits, options, feature=self._network.feature)
+            self._expected[options] = loop.densities(images)
+        return differences(job.densities(images), self._expected[options], options.variant)
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor], variant: str) -> tuple[int | None, float]:
+    """How many densities differ (Z, where they are counts over a number of positions), and tau at most, relatively."""
+    ours = torch.cat([found[split] for split in expected], dim=1)
+    theirs = torch.cat(list(expected.values()), dim=1)
+    # Densities are fractions of integers: unequal ones are further apart than rounding in float64.
+    differing = int(((ours - theirs).abs() > 1e-9).sum()) if variant == "Z" else None
+    tau = theirs.square().sum(1).sqrt()
+    return differing, float(((ours.square().sum(1).sqrt() - tau) / tau).abs().max())
