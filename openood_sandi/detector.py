@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
 from openood_sandi.memory import free_memory
 from openood_sandi.objectives import Plan, ascended, channel_average_plan, logits_plan
-from openood_sandi.paths import Observer, walk_gates, walk_input, walk_splits
+from openood_sandi.paths import Gates, Observer, walk_input, walk_splits
 from openood_sandi.rectifiers import Gate, find_gates
 from openood_sandi.replay import Site, Tape
 from openood_sandi.splitting import Split, survey
@@ -153,7 +152,7 @@ class SandI:
 
     def _explain_part(self, x: Tensor, splits: Sequence[Split]) -> dict[str, Tensor]:
         observer = AttributionMaps(splits)
-        self._walk(x, splits, None, logits_plan(splits, self.attribution, self.ascent), observer)
+        self._walk(x, splits, None, logits_plan(splits, self.attribution, self.ascent), observer, Gates())
         return observer.maps()
 
     def _score_part(
@@ -162,10 +161,11 @@ class SandI:
         if feature is not None:
             average = ChannelAverage(splits, feature, self.attack.steps)
             plan = channel_average_plan(splits, feature, self.ascent, self.top_fraction, self.top_over)
-            return self._walk(x, (*splits, feature), feature.site, plan, average), average.densities()
+            logits, _, _ = self._walk(x, (*splits, feature), feature.site, plan, average, Gates())
+            return logits, average.densities()
         if self._gates is None:
             self._gates = dict(self._candidate_gates)
-            self._check_gates(x[: _FIRST_CHECK if self._follows_gates().steps > 1 else None])
+            self._check_gates(x[: _FIRST_CHECK if self.attack.steps > 1 else None])
         elif self._unchecked >= _CHECK_EVERY:
             self._check_gates(x[:_LATER_CHECK])
         self._unchecked += len(x)
@@ -175,41 +175,23 @@ class SandI:
         self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and densities of Z, with the patterns at the ``gates`` read off their rectifiers."""
-        gated = [split for split in splits if split.site in gates]
-        others = [split for split in splits if split.site not in gates]
-        found: dict[str, Tensor] = {}
-        if gated:
-            attack = self._follows_gates()
-            density = NonZeroDensity(gated, attack.steps, self.combine)
-            tape = Tape(self.net, [split.site for split in gated])
-            logits, doubtful = walk_gates(
-                tape,
-                x,
-                {split.site: gates[split.site] for split in gated},
-                partial(ascended, self.ascent),
-                attack,
-                density,
-            )
-            if tape.call_names != self._call_names:  # gates are places on the tape of the first batch
-                return self._score_z(x, splits, {})
-            found = density.densities()
-            if doubtful:
-                found |= self._settle([split for split in gated if split.site in doubtful], x, found)
-        if others:
-            density = NonZeroDensity(others, self.attack.steps, self.combine)
-            logits = self._walk(x, others, None, logits_plan(others, self.attribution, self.ascent), density)
-            found |= density.densities()
-        return logits, {split.name: found[split.name] for split in splits}
+        density = NonZeroDensity(splits, self.attack.steps, self.combine)
+        at = {split.site: gates[split.site] for split in splits if split.site in gates}
+        first = self.combine == "union" and all(gate.pool is None for gate in at.values())
+        given = Gates(at, 1 if first else self.attack.steps, density.pattern)
+        plan = logits_plan(splits, self.attribution, self.ascent)
+        logits, doubtful, same_calls = self._walk(x, splits, None, plan, density, given)
+        if at and not same_calls:  # gates are places on the tape of the first batch
+            return self._score_z(x, splits, {})
+        found = density.densities()
+        if doubtful:
+            found |= self._settle([split for split in splits if split.site in doubtful], x, found)
+        return logits, found
 
     def _shortcut_applies(self) -> bool:
         """Only g_1 and g_2 need no pass through the suffixes; a saturated cross-entropy has g = 0 anywhere."""
         few = self.attack.steps <= 2 or self.combine == "union"
         return self._rectifier_shortcut and few and self.splitting and self.attribution == "max_logit"
-
-    def _follows_gates(self) -> Attack:
-        """The attack as far as gates have to follow it: the union of a rectifier's patterns is the first one."""
-        first = self.combine == "union" and all(gate.pooling is None for gate in self._candidate_gates.values())
-        return replace(self.attack, steps=1) if first else self.attack
 
     def _check_gates(self, x: Tensor) -> None:
         """Compares the gates with true gradients on ``x`` and gives up those that differ."""
@@ -233,18 +215,24 @@ class SandI:
                 )
         return exact
 
-    def _walk(self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer) -> Tensor:
+    def _walk(
+        self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer, gates: Gates
+    ) -> tuple[Tensor, list[Site], bool]:
+        """Logits, gates in doubt, and whether the network made the calls that it made in the survey."""
         tape = Tape(self.net, [split.site for split in splits])
+        doubtful: list[Site] = []
         if self.splitting:
-            logits = walk_splits(tape, x, feature, plan, self.attack, observer, self._budget(x) // 2)
+            budget = self._budget(x) // 2
+            logits, doubtful = walk_splits(tape, x, feature, plan, self.attack, observer, budget, gates)
         else:
             logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), self.attack, observer)
-        if tape.call_names != self._call_names and any(split.site.module is None for split in splits):
+        same_calls = tape.call_names == self._call_names
+        if not same_calls and any(split.site.module is None for split in splits):
             raise ReplayError(
                 "this batch takes the network through other calls than the first one did, so its split points at "
                 "functional calls cannot be found again; use one SandI for each image size, or name modules in splits"
             )
-        return logits
+        return logits, doubtful, same_calls
 
     # ------------------------------------------------------------------ the network
 
@@ -288,7 +276,7 @@ class SandI:
             splits = found.before(self._feature, splits, self._wanted_splits)
         elif self._shortcut_applies():
             gates = find_gates(found.calls, found.positions(splits))
-            self._candidate_gates = {s: g for s, g in gates.items() if self.attack.steps <= 2 or g.pooling is None}
+            self._candidate_gates = {s: g for s, g in gates.items() if self.attack.steps <= 2 or g.pool is None}
         self._call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
         self._splits = splits

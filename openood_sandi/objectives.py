@@ -24,7 +24,8 @@ images of a loss, so that the gradient of each copy of each image is its own."""
 class Objective:
     """At one split: g_i = d attribution / dz, and sign(d ascent / dz) is the direction of the step."""
 
-    attribution: Loss
+    attribution: Loss | None
+    """None where g_i is not wanted."""
     ascent: Loss
 
 

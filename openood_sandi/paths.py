@@ -8,6 +8,7 @@ Two drivers: :func:`walk_splits` attacks every split on its own from its clean a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -19,9 +20,9 @@ from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
 from openood_sandi.objectives import Loss, Objective, Plan
 from openood_sandi.rectifiers import Gate
-from openood_sandi.replay import Site, Tape
+from openood_sandi.replay import Site, Tape, keep
 
-__all__ = ["Observer", "walk_gates", "walk_input", "walk_splits"]
+__all__ = ["Gates", "Observer", "walk_input", "walk_splits"]
 
 Receive = Callable[[Site, Tensor], None]
 """Takes in one tensor of a split."""
@@ -39,31 +40,68 @@ class Observer(Protocol):
         """Called with g_i, of the split's shape (B, ...)."""
 
 
+@dataclass(frozen=True)
+class Gates:
+    """The splits whose pattern of gradients is read off a rectifier, and who is told."""
+
+    at: Mapping[Site, Gate] = field(default_factory=dict)
+    steps: int = 1
+    """Whether for g_1 alone, or for g_1 and g_2."""
+    pattern: Receive = lambda site, mask: None
+    """Called with masks, 1 where the gradient is not zero, in the order i = 1, 2."""
+
+
 def walk_splits(
-    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, budget: int
-) -> Tensor:
-    """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W) and returns the clean logits (B, classes).
+    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, budget: int,
+    gates: Gates,
+) -> tuple[Tensor, list[Site]]:  # fmt: skip
+    """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W).
 
     i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the
     suffixes of as many splits at a time as ``budget`` bytes hold (at least one); the arithmetic of a split is the same
-    however they are grouped.
+    however they are grouped. At splits with a gate there is no replay, and the observer is given masks in place
+    of gradients; their only backward pass is that for the direction of the step, whose zeros should be those
+    of the mask.
+
+    Returns:
+        The clean logits (B, classes), and the sites with a gate where they are not, on this batch.
     """
-    clean: dict[Site, Tensor] = {}
-    logits = tape.record(x, _leaves(clean))
-    objectives = plan(logits, clean.get(feature) if feature is not None else None)
-    directions: dict[Site, Tensor] = {}
     takes_step = attack.steps > 1 or observer.motion is not None
+    clean: dict[Site, Tensor] = {}
+    with torch.set_grad_enabled(gates.steps > 1 or any(site not in gates.at for site in tape.sites)):
+        logits = tape.record(x, _leaves(clean) if torch.is_grad_enabled() else keep)
+    let_through: dict[Site, Tensor] = {}
+    for site, gate in gates.at.items():
+        mask = gate.clean(tape.calls)
+        let_through[site] = mask.flatten(1).sum(1)
+        gates.pattern(site, mask)
+    objectives = plan(logits, clean.get(feature) if feature is not None else None)
+    for site in gates.at:
+        if gates.steps > 1:
+            objectives[site] = replace(objectives[site], attribution=None)
+        else:
+            del objectives[site]
+    directions: dict[Site, Tensor] = {}
 
     def keep_direction(site: Site, gradient: Tensor) -> None:
-        directions[site] = gradient.sign().to(torch.int8)
+        direction = gradient.sign()
+        if site in gates.at:
+            z = clean[site].detach()
+            gates.pattern(site, gates.at[site].perturbed(attack.advance(z, z, direction), tape.calls))
+            # What is cut off has gradient zero for certain, so equal numbers are equal places.
+            let_through[site] = (let_through[site] != direction.flatten(1).count_nonzero(1)).any()
+        else:
+            directions[site] = direction.to(torch.int8)
 
     on_ascent = keep_direction if takes_step else None
     alive = _differentiate(objectives, logits, clean, feature, observer.gradient, on_ascent)
     logits = logits.detach()
-    clean = {site: z.detach() for site, z in clean.items()}
+    differs = torch.stack(list(let_through.values())).tolist() if gates.at and gates.steps > 1 else []
+    doubtful = [site for site, differ in zip(let_through, differs, strict=False) if differ]
+    clean = {site: z.detach() for site, z in clean.items() if site not in gates.at}
+    if not takes_step or not clean:
+        return logits, doubtful
     tape.release_graph()
-    if not takes_step:
-        return logits
     for chunk in _chunks(tape, list(clean), budget):
         z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
         _report_motion(observer, z, clean)
@@ -74,7 +112,7 @@ def walk_splits(
                 moved = {site: attack.advance(z[site], clean[site], signs.pop(site)) for site in chunk}
                 _report_motion(observer, moved, z)
                 z = moved
-    return logits
+    return logits, doubtful
 
 
 def _replay(
@@ -117,41 +155,6 @@ def _replay(
             if site in stepped:
                 signs[site] = gradient.sign()
     return signs
-
-
-def walk_gates(
-    tape: Tape, x: Tensor, gates: Mapping[Site, Gate], ascent: Callable[[Tensor], Loss], attack: Attack,
-    observer: Observer,
-) -> tuple[Tensor, list[Site]]:  # fmt: skip
-    """The patterns of g_1 (and of g_2, at two steps) at splits that feed a rectifier, from one forward pass.
-
-    The observer is given masks in place of gradients. At two steps there is one backward pass, for the direction of
-    the step, whose zeros should be those of the mask.
-
-    Returns:
-        The logits (B, classes), and the sites where they are not, on this batch.
-    """
-    if attack.steps == 1:
-        with torch.no_grad():
-            logits = tape.record(x)
-        for site, gate in gates.items():
-            observer.gradient(site, gate.clean(tape.calls))
-        return logits, []
-    clean: dict[Site, Tensor] = {}
-    logits = tape.record(x, _leaves(clean))
-    zeros_differ: dict[Site, Tensor] = {}
-
-    def receive(site: Site, gradient: Tensor) -> None:
-        z, direction = clean[site].detach(), gradient.sign()
-        mask = gates[site].clean(tape.calls)
-        observer.gradient(site, mask)
-        observer.gradient(site, gates[site].perturbed(attack.advance(z, z, direction), tape.calls))
-        # What is cut off has gradient zero for certain, so equal numbers are equal places.
-        zeros_differ[site] = mask.sum(dtype=torch.int32) != direction.count_nonzero()
-
-    _backward(ascent(logits)(logits.unsqueeze(0), None), clean, (), receive, retain=False)
-    differs = torch.stack(list(zeros_differ.values())).tolist()
-    return logits.detach(), [site for site, differ in zip(zeros_differ, differs, strict=True) if differ]
 
 
 def walk_input(
@@ -204,7 +207,8 @@ def _by_loss(objectives: dict[Site, Objective], takes_step: bool) -> dict[Loss, 
     """For each loss, one backward pass: the sites that it attributes and those that ascend it."""
     losses: dict[Loss, tuple[list[Site], list[Site]]] = {}
     for site, objective in objectives.items():
-        losses.setdefault(objective.attribution, ([], []))[0].append(site)
+        if objective.attribution is not None:
+            losses.setdefault(objective.attribution, ([], []))[0].append(site)
         if takes_step:
             losses.setdefault(objective.ascent, ([], []))[1].append(site)
     return losses

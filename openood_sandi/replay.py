@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from openood_sandi import inplace, lanes
 from openood_sandi.errors import ReplayError
 
-__all__ = ["Call", "Site", "Tape"]
+__all__ = ["Call", "Produced", "Site", "Tape", "keep"]
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,32 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Produced:
+    """Stands, in a call's arguments, for the result of the call at tape position ``by``; -1 for the input."""
+
+    by: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One torch call of a recorded forward pass."""
 
     func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    """Its arguments, with :class:`Produced` in place of tensors that were computed from the input."""
     result: Any
     producers: tuple[int, ...]
-    """Tape positions that its tensor arguments came from, in order; -1 for what was not computed from the input."""
-    constants: tuple[Any, ...]
-    """Its positional arguments that hold no tensors."""
-    options: Mapping[str, Any]
-    """Its keyword arguments that hold no tensors."""
-    derived: bool
-    """Whether any of its arguments was computed from the input: if not, it may change tensors in place."""
+    """Tape positions of these, in order; empty for a call that does not depend on the input."""
 
     @property
     def name(self) -> str:
         return _name(self.func)
+
+    def rerun(self, values: Mapping[int, Tensor]) -> Any:
+        """The call's result with ``values`` by tape position in place of what it was computed from."""
+        args, kwargs = lanes.map_tensors((self.args, self.kwargs), lambda p: values[p.by], Produced)
+        return self.func(*args, **kwargs)
 
     def size(self) -> int:
         """Bytes of its result."""
@@ -66,7 +75,7 @@ Tap = Callable[[Site, Tensor], Tensor]
 """Called with each site and its tensor as the pass gets there; what it returns flows on instead."""
 
 
-def _keep(site: Site, tensor: Tensor) -> Tensor:
+def keep(site: Site, tensor: Tensor) -> Tensor:
     """A tap that changes nothing."""
     return tensor
 
@@ -85,12 +94,12 @@ class Tape(TorchFunctionMode):
         self.calls: list[Call] = []
         self.reached: dict[Site, int] = {}
         """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
-        sites = tuple(sites)
+        self.sites = tuple(sites)
         modules = dict(net.named_modules())
-        self._at_module = {(site.module, site.index): site for site in sites if site.module is not None}
-        self._at_call = {site.index: site for site in sites if site.module is None}
+        self._at_module = {(site.module, site.index): site for site in self.sites if site.module is not None}
+        self._at_call = {site.index: site for site in self.sites if site.module is None}
         self._hooked = {name: modules[name] for name, _ in self._at_module}
-        self._tap: Tap = _keep
+        self._tap: Tap = keep
         self._sizes: list[int] = []
         self._recording = False
         self._position = 0
@@ -99,7 +108,7 @@ class Tape(TorchFunctionMode):
         """Tensors computed from the input and where; the tensor itself keeps its id from being reused."""
         self._overwritten = inplace.Overwritten()
 
-    def record(self, x: Tensor, tap: Tap = _keep) -> Tensor:
+    def record(self, x: Tensor, tap: Tap = keep) -> Tensor:
         """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
         self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
         self._overwritten = inplace.Overwritten()
@@ -164,7 +173,7 @@ class Tape(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
             self._replaced.clear()
-            self._tap = _keep
+            self._tap = keep
 
     def _visit(self, site: Site, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -201,11 +210,11 @@ class Tape(TorchFunctionMode):
             lanes.map_tensors((args, kwargs), tensors.append)
             derived = any(id(tensor) in self._origin for tensor in tensors)
         else:
-            derived = self._position >= len(self.calls) or self.calls[self._position].derived
+            derived = self._position >= len(self.calls) or bool(self.calls[self._position].producers)
         if derived:
             func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
         if self._recording:
-            result = self._record_call(func, args, kwargs, tensors, derived)
+            result = self._record_call(func, args, kwargs, tensors)
         else:
             result = self._replay_call(func, args, kwargs)
         if target is not None and isinstance(result, Tensor) and result is not target:
@@ -217,22 +226,23 @@ class Tape(TorchFunctionMode):
         return result if site is None else self._visit(site, result)
 
     def _record_call(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        derived: bool,
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         self._overwritten.require_unread(func, args, tensors)
+        producers: list[int] = []
+
+        def taken(tensor: Tensor) -> Tensor | Produced:
+            if id(tensor) not in self._origin:
+                return tensor
+            producers.append(self._origin[id(tensor)][1])
+            return Produced(producers[-1])
+
+        symbolic_args, symbolic_kwargs = lanes.map_tensors((args, kwargs), taken)
         result = func(*args, **kwargs)
-        if derived:
-            position = len(self.calls)
+        position = len(self.calls)
+        if producers:
             lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
-        producers = tuple(self._origin.get(id(tensor), (tensor, -1))[1] for tensor in tensors)
-        constants = tuple(value for value in args if not lanes.has_tensor(value))
-        options = {key: value for key, value in kwargs.items() if not lanes.has_tensor(value)}
-        self.calls.append(Call(func, result, producers, constants, options, derived))
+        self.calls.append(Call(func, symbolic_args, symbolic_kwargs, result, tuple(producers)))
         return result
 
     def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

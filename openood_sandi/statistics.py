@@ -48,18 +48,21 @@ class NonZeroDensity:
         self._sizes: dict[Site, int] = {}
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        axis = self._axes[site]
-        nonzero = _by_position(gradient if gradient.dtype == torch.bool else gradient != 0, axis)
-        self._sizes[site] = nonzero.shape[2]
+        self.pattern(site, gradient != 0)
+
+    def pattern(self, site: Site, mask: Tensor) -> None:
+        """Takes in where g_i is not zero, True or 1 there."""
+        mask = _by_position(mask, self._axes[site])
+        self._sizes[site] = mask.shape[2]
         if self._combine == "count":
-            count = nonzero.sum(2, dtype=torch.int32)  # three times the speed of int64 on CPUs
+            # a third of the time of int64 on CPUs
+            count = mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
             self._counts[site] = self._counts[site].add_(count) if site in self._counts else count
         elif site not in self._masks:
-            self._masks[site] = nonzero
-        elif self._combine == "union":
-            self._masks[site] = self._masks[site] | nonzero
+            self._masks[site] = mask
         else:
-            self._masks[site] = self._masks[site] & nonzero
+            combined = torch.maximum if self._combine == "union" else torch.minimum
+            self._masks[site] = combined(self._masks[site], mask.to(self._masks[site].dtype))
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, in [0, 1]."""
