@@ -66,7 +66,7 @@ def eager_network(net: nn.Module) -> nn.Module:
 def require_images(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}, expected a tensor of images (B, C, H, W)")
-    if x.dim() < 2 or not x.is_floating_point():
+    if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
             f"x is {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, expected floating-point images "
             "(B, C, H, W), normalised as the network was trained"
@@ -91,7 +91,8 @@ def require_logits(output: object) -> None:
 def require_same(plain: Tensor, recorded: Tensor) -> None:
     """The recorded forward must be the network's own: that finds randomness and writes through views."""
     tolerance = 1e3 * torch.finfo(plain.dtype).eps
-    if not torch.allclose(plain, recorded, rtol=tolerance, atol=tolerance * float(plain.abs().max()), equal_nan=True):
+    scale = float(plain.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    if not torch.allclose(plain, recorded, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
         raise ReplayError(
             "two passes over the same images differ: the network is random in eval mode (dropout that stays active, "
             "sampling), or writes into a slice of a tensor that it uses again; make its forward deterministic "

@@ -17,9 +17,9 @@ from openood_sandi.errors import ReplayError
 from openood_sandi.memory import free_memory
 from openood_sandi.objectives import Plan, ascended, channel_average_plan, logits_plan
 from openood_sandi.paths import Gates, Observer, walk_input, walk_splits
-from openood_sandi.rectifiers import Gate, find_gates
+from openood_sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
 from openood_sandi.replay import Site, Tape
-from openood_sandi.splitting import Split, survey
+from openood_sandi.splitting import Split, Survey, survey
 from openood_sandi.statistics import AttributionMaps, ChannelAverage, NonZeroDensity, score
 
 __all__ = ["SandI"]
@@ -106,6 +106,8 @@ class SandI:
         self._feature: Split | None = None
         self._rectifier_shortcut = rectifier_shortcut
         self._candidate_gates: dict[Site, Gate] = {}
+        self._certificate: Certificate | None = None
+        self._forward_suffices = False
         self._gates: dict[Site, Gate] | None = None
         self._call_names: tuple[str, ...] = ()
         self._unchecked = 0
@@ -164,49 +166,68 @@ class SandI:
             logits, _, _ = self._walk(x, (*splits, feature), feature.site, plan, average, Gates())
             return logits, average.densities()
         if self._gates is None:
-            self._gates = dict(self._candidate_gates)
-            self._check_gates(x[: _FIRST_CHECK if self.attack.steps > 1 else None])
+            self._gates = self._checked(
+                dict(self._candidate_gates), x[: _FIRST_CHECK if self.attack.steps > 1 else None]
+            )
         elif self._unchecked >= _CHECK_EVERY:
-            self._check_gates(x[:_LATER_CHECK])
+            self._gates = self._checked(self._gates, x[:_LATER_CHECK]) or self._gates
         self._unchecked += len(x)
-        return self._score_z(x, splits, self._gates)
+        logits, densities, _ = self._score_z(x, splits, self._gates or {})
+        return logits, densities
 
     def _score_z(
-        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and densities of Z, with the patterns at the ``gates`` read off their rectifiers."""
+        self, x: Tensor, splits: Sequence[Split], gates: dict[Site, Gate]
+    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+        """Logits, densities of Z, and whether the patterns at the ``gates`` could be read off their rectifiers."""
         density = NonZeroDensity(splits, self.attack.steps, self.combine)
         at = {split.site: gates[split.site] for split in splits if split.site in gates}
-        first = self.combine == "union" and all(gate.pool is None for gate in at.values())
-        given = Gates(at, 1 if first else self.attack.steps, density.pattern)
+        given = Gates(at, 1 if self._forward_suffices else self.attack.steps, self._certificate, density.pattern)
         plan = logits_plan(splits, self.attribution, self.ascent)
         logits, doubtful, same_calls = self._walk(x, splits, None, plan, density, given)
-        if at and not same_calls:  # gates are places on the tape of the first batch
-            return self._score_z(x, splits, {})
+        # Gates are places on the tape of the first batch, and a forward pass alone needs its certificate.
+        if at and (not same_calls or (doubtful and self._forward_suffices)):
+            logits, found, _ = self._score_z(x, splits, {})
+            return logits, found, False
         found = density.densities()
         if doubtful:
-            found |= self._settle([split for split in splits if split.site in doubtful], x, found)
-        return logits, found
+            found |= self._settle(gates, [split for split in splits if split.site in doubtful], x, found)
+        return logits, found, True
+
+    def _find_gates(self, found: Survey, splits: Sequence[Split]) -> None:
+        """The gates worth having: where one forward pass tells g_1, or one backward pass more g_2."""
+        gates = find_gates(found.calls, found.positions(splits))
+        self._certificate = find_certificate(found.calls)
+        # The union of a rectifier's patterns is the first one; that of a max-pool's is not.
+        union = self.combine == "union" and all(gate.pool is None for gate in gates.values())
+        self._forward_suffices = self._certificate is not None and (self.attack.steps == 1 or union)
+        if self._forward_suffices or self.attack.steps == 2:
+            self._candidate_gates = gates
 
     def _shortcut_applies(self) -> bool:
         """Only g_1 and g_2 need no pass through the suffixes; a saturated cross-entropy has g = 0 anywhere."""
         few = self.attack.steps <= 2 or self.combine == "union"
         return self._rectifier_shortcut and few and self.splitting and self.attribution == "max_logit"
 
-    def _check_gates(self, x: Tensor) -> None:
-        """Compares the gates with true gradients on ``x`` and gives up those that differ."""
+    def _checked(self, gates: dict[Site, Gate], x: Tensor) -> dict[Site, Gate] | None:
+        """Those of the ``gates`` that tell the pattern of the true gradients on ``x``; None if ``x`` cannot tell."""
         self._unchecked = 0
-        assert self._splits is not None and self._gates is not None
-        splits = [split for split in self._splits if split.site in self._gates]
+        assert self._splits is not None
+        splits = [split for split in self._splits if split.site in gates]
         if splits:
-            self._settle(splits, x, self._score_z(x, splits, self._gates)[1])
+            _, found, read = self._score_z(x, splits, gates)
+            if not read:
+                return None
+            self._settle(gates, splits, x, found)
+        return gates
 
-    def _settle(self, splits: Sequence[Split], x: Tensor, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _settle(
+        self, gates: dict[Site, Gate], splits: Sequence[Split], x: Tensor, found: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The exact densities on ``x``; gates that ``found`` others, by more than rounding explains, are given up."""
-        exact = self._score_z(x, splits, {})[1]
+        _, exact, _ = self._score_z(x, splits, {})
         for split in splits:
             differing = float((found[split.name] - exact[split.name]).abs().mean())
-            if differing > _COINCIDENCE and self._gates is not None and self._gates.pop(split.site, None) is not None:
+            if differing > _COINCIDENCE and gates.pop(split.site, None) is not None:
                 _log.info(
                     "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
                     "computing it from now on",
@@ -275,8 +296,7 @@ class SandI:
             self._feature = found.feature(self._wanted_feature)
             splits = found.before(self._feature, splits, self._wanted_splits)
         elif self._shortcut_applies():
-            gates = find_gates(found.calls, found.positions(splits))
-            self._candidate_gates = {s: g for s, g in gates.items() if self.attack.steps <= 2 or g.pool is None}
+            self._find_gates(found, splits)
         self._call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
         self._splits = splits

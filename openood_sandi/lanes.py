@@ -40,9 +40,7 @@ def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) 
         return function(tree)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
         items = [map_tensors(item, function, leaf) for item in tree]
-        if isinstance(tree, list):
-            return items
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, dict):
         return {key: map_tensors(item, function, leaf) for key, item in tree.items()}
     return tree

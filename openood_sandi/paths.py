@@ -19,7 +19,7 @@ from openood_sandi import lanes
 from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
 from openood_sandi.objectives import Loss, Objective, Plan
-from openood_sandi.rectifiers import Gate
+from openood_sandi.rectifiers import Certificate, Gate
 from openood_sandi.replay import Site, Tape, keep
 
 __all__ = ["Gates", "Observer", "walk_input", "walk_splits"]
@@ -47,6 +47,8 @@ class Gates:
     at: Mapping[Site, Gate] = field(default_factory=dict)
     steps: int = 1
     """Whether for g_1 alone, or for g_1 and g_2."""
+    certificate: Certificate | None = None
+    """For g_1 alone, in place of a gradient to compare with."""
     pattern: Receive = lambda site, mask: None
     """Called with masks, 1 where the gradient is not zero, in the order i = 1, 2."""
 
@@ -73,8 +75,11 @@ def walk_splits(
     let_through: dict[Site, Tensor] = {}
     for site, gate in gates.at.items():
         mask = gate.clean(tape.calls)
-        let_through[site] = mask.flatten(1).sum(1)
         gates.pattern(site, mask)
+        if gates.steps > 1:
+            let_through[site] = mask.flatten(1).sum(1)
+    if gates.steps == 1 and gates.certificate is not None and not gates.certificate.holds(tape.calls):
+        return logits.detach(), list(gates.at)
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     for site in gates.at:
         if gates.steps > 1:
@@ -96,8 +101,8 @@ def walk_splits(
     on_ascent = keep_direction if takes_step else None
     alive = _differentiate(objectives, logits, clean, feature, observer.gradient, on_ascent)
     logits = logits.detach()
-    differs = torch.stack(list(let_through.values())).tolist() if gates.at and gates.steps > 1 else []
-    doubtful = [site for site, differ in zip(let_through, differs, strict=False) if differ]
+    differs = torch.stack(list(let_through.values())).tolist() if let_through else []
+    doubtful = [site for site, differ in zip(let_through, differs, strict=True) if differ]
     clean = {site: z.detach() for site, z in clean.items() if site not in gates.at}
     if not takes_step or not clean:
         return logits, doubtful

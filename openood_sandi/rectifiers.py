@@ -20,7 +20,7 @@ from torch import Tensor
 from openood_sandi.lanes import has_tensor
 from openood_sandi.replay import Call, Site
 
-__all__ = ["Gate", "find_gates"]
+__all__ = ["Certificate", "Gate", "find_certificate", "find_gates"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,49 @@ class Gate:
         return mask if math.isinf(bounds[1]) else mask * (entering < bounds[1])
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What makes sure, from a forward pass alone, that nothing behind a gate is dead for some image.
+
+    In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and linear layers, a position
+    that a rectifier lets through in any channel hands its gradient on to every channel before, as long as
+    that holds at the rectifiers behind it too. (Weights that are zero, and positions that a stride skips, are the
+    same for all images, and seen on the first batch.)
+    """
+
+    rectifiers: tuple[Gate, ...]
+    """Every rectifier of the network, as the gate of what enters it."""
+
+    def holds(self, calls: Sequence[Call]) -> bool:
+        """Whether at every rectifier every position of every image lets some channel through."""
+        least = [gate.clean(calls).amax(1).amin() for gate in self.rectifiers]
+        return bool(torch.stack(least).amin() > 0) if least else True
+
+
+def find_certificate(calls: Sequence[Call]) -> Certificate | None:
+    """The network's certificate, from a recorded pass; None if it contains anything else than named there."""
+    consumers = _consumers(calls)
+    rectifiers: list[Gate] = []
+    for position, call in enumerate(calls):
+        if not call.producers or not has_tensor(call.result):
+            continue
+        if _bounds(call) is not None:
+            rectifiers.append(Gate(call.producers[0], (), position, _max_pool_behind(calls, consumers, position)))
+        elif call.name == "max_pool2d":
+            if _max_pool_behind(calls, consumers, call.producers[0]) != position:
+                return None
+        elif call.name == "conv2d":
+            if (call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)) != 1:
+                return None
+        elif call.name not in _LINEAR and not _is_position_by_position(calls, position, call.producers[0]):
+            return None
+    return Certificate(tuple(rectifiers))
+
+
+# Besides convolutions: what hands every gradient on.
+_LINEAR = frozenset(("linear", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape"))
+
+
 def find_gates(calls: Sequence[Call], held: Mapping[Site, int]) -> dict[Site, Gate]:
     """The gates of those sites that have one.
 
@@ -73,11 +116,7 @@ def find_gates(calls: Sequence[Call], held: Mapping[Site, int]) -> dict[Site, Ga
         calls: a recorded forward pass.
         held: for each site, the position of the call whose result it is.
     """
-    consumers: dict[int, list[int]] = defaultdict(list)
-    for position, call in enumerate(calls):
-        if has_tensor(call.result):
-            for producer in call.producers:
-                consumers[producer].append(position)
+    consumers = _consumers(calls)
     gates: dict[Site, Gate] = {}
     for site, split in held.items():
         way: list[int] = []
@@ -87,13 +126,26 @@ def find_gates(calls: Sequence[Call], held: Mapping[Site, int]) -> dict[Site, Ga
             way.append(here)
         if len(consumers[here]) == 1 and _bounds(calls[consumers[here][0]]) is not None:
             rectifier = consumers[here][0]
-            pools = [p for p in consumers[rectifier] if calls[p].name == "max_pool2d" and not _is_tuple(calls[p])]
-            gates[site] = Gate(split, tuple(way), rectifier, pools[0] if consumers[rectifier] == pools[:1] else None)
+            gates[site] = Gate(split, tuple(way), rectifier, _max_pool_behind(calls, consumers, rectifier))
     return gates
 
 
-def _is_tuple(call: Call) -> bool:
-    return not isinstance(call.result, Tensor)
+def _consumers(calls: Sequence[Call]) -> dict[int, list[int]]:
+    """For each call, the positions of those that compute something from its result."""
+    consumers: dict[int, list[int]] = defaultdict(list)
+    for position, call in enumerate(calls):
+        if has_tensor(call.result):
+            for producer in call.producers:
+                consumers[producer].append(position)
+    return consumers
+
+
+def _max_pool_behind(calls: Sequence[Call], consumers: Mapping[int, list[int]], position: int) -> int | None:
+    """The position of the max-pool that alone uses the result at ``position``, if one does."""
+    behind = consumers[position]
+    if len(behind) == 1 and calls[behind[0]].name == "max_pool2d" and isinstance(calls[behind[0]].result, Tensor):
+        return behind[0]
+    return None
 
 
 def _is_position_by_position(calls: Sequence[Call], position: int, operand: int) -> bool:

@@ -74,6 +74,10 @@ class NonZeroDensity:
         return result
 
 
+# Where the log-softmax does not depend on F at all, Eq. 13 has no value; this keeps it finite, and large.
+_SMALLEST_OUTPUT = 1e-12
+
+
 class ChannelAverage:
     """E of S&I-A, Eq. 12-13: a channel's mean gradient of F, over the square root of F's mean log-softmax gradient.
 
@@ -101,7 +105,7 @@ class ChannelAverage:
         """{split name: (B, K)}, not negative."""
         exact = _exact(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
-        output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
+        output = mean[self._feature.site].mean(1, keepdim=True).sqrt().clamp_min(_SMALLEST_OUTPUT)
         return {split.name: mean[split.site] / output for split in self._splits}
 
 

@@ -1,128 +1,33 @@
-"""The networks that the engine is tested on: OpenOOD's own, torchvision's, and hand-made traps, small and with random weights.
-
-Every case is built by :func:`build`: seeded weights, non-trivial normalisation statistics, eval mode, float64, frozen.
-"""
+"""The networks that the engine is tested on: OpenOOD's, torchvision's, and hand-made traps, small, with random weights."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.cases import Case
+from tests.rectifier_traps import RECTIFIER_TRAPS
 from tests.trap_networks import TRAPS, Plain
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, the size of its images, its feature map for variant A ("" for none) and how many split points to test."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    size: int
-    feature: str = ""
-    splits: tuple[str, ...] = ()
-    at_most: int = 6
-
-
-def build(case: Case, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = case.make()
-        randomise(net)
-    net = net.double().eval().requires_grad_(False)
-    head = [m for m in net.modules() if isinstance(m, nn.Linear)] or [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    # A saturated softmax has gradients of the size of rounding, whose signs no two computations share.
-    head[-1].weight.mul_(2 / net(images(case)).std())
-    return net
-
-
-def randomise(net: nn.Module) -> None:
-    """Weights of a scale that keeps activations of order one, so that neither half of a rectifier is empty."""
-    for module in net.modules():
-        if isinstance(module, NORMS) and module.weight is not None:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-        if getattr(module, "running_mean", None) is not None:
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.1)
-    for parameter in net.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-
-
-def images(case: Case, batch: int = 3, seed: int = 1) -> Tensor:
-    """(batch, 3, size, size), each image of a contrast of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3, 3, case.size, case.size, generator=generator, dtype=torch.float64)
-    return (x * torch.tensor([1.0, 0.5, 2.0], dtype=x.dtype).view(3, 1, 1, 1))[:batch]
-
-
-def calls(net: nn.Module, x: Tensor) -> list[str]:
-    """Every call of a module, in the order in which they return; "name#2" for a second call."""
-    seen: list[str] = []
-
-    def note(name: str) -> None:
-        times = sum(call.partition("#")[0] == name for call in seen)
-        seen.append(name if not times else f"{name}#{times + 1}")
-
-    handles = [
-        module.register_forward_hook(lambda _m, _a, _o, name=name: note(name)) for name, module in net.named_modules() if name
-    ]
-    try:
-        net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def norm_calls(net: nn.Module, x: Tensor) -> list[str]:
-    """The output of every normalisation layer, in call order."""
-    return [call for call in calls(net, x) if isinstance(net.get_submodule(call.partition("#")[0]), NORMS)]
-
-
-def split_points(case: Case, net: nn.Module, x: Tensor, before: str = "") -> list[str]:
-    """The case's split points, by default its normalisation layers, in call order.
-
-    They are thinned out evenly to ``at_most``, first and last kept; with ``before``, only those that return before it.
-    """
-    order = calls(net, x)
-    points = [call for call in order if call in (case.splits or norm_calls(net, x))]
-    if before:
-        points = [point for point in points if order.index(point) < order.index(before)]
-    if len(points) <= case.at_most:
-        return points
-    return [points[round(i * (len(points) - 1) / (case.at_most - 1))] for i in range(case.at_most)]
-
-
-# --- torchvision ----------------------------------------------------------------------------------------------------------
+# --- torchvision ----------------------------------------------------------------------------------------------------
 
 
 def torchvision_models() -> ModuleType:
     return pytest.importorskip("torchvision.models", reason="needs torchvision: pip install torchvision")
 
 
-def torchvision(
-    name: str, size: int, feature: str, splits: tuple[str, ...] = (), at_most: int = 4, **options: object
-) -> Case:
+def torchvision(name: str, size: int, feature: str, splits: tuple[str, ...] = (), **options: object) -> Case:
     def make() -> nn.Module:
         return getattr(torchvision_models(), name)(weights=None, num_classes=11, **options)
 
-    return Case(name, make, size, feature, splits, at_most)
+    return Case(name, make, size, feature, splits, at_most=4)
 
 
 def small_efficientnet() -> nn.Module:
@@ -193,20 +98,34 @@ TORCHVISION = [
     Case("efficientnet", small_efficientnet, 32, "features", at_most=4),
     torchvision("shufflenet_v2_x0_5", 64, "conv5"),
     torchvision("squeezenet1_1", 48, "features", splits=("features.0", "features.3", "features.9.expand3x3")),
-    torchvision("googlenet", 48, "inception5b", init_weights=False, aux_logits=True),
+    torchvision(
+        "googlenet",
+        48,
+        "inception5b",
+        ("inception4e.branch2.1.bn", "inception5a.branch3.1.bn", "inception5b.branch4.1.bn"),
+        init_weights=False,
+        aux_logits=True,
+    ),
     Case("convnext", small_convnext, 32, "features", at_most=4),
     Case("maxvit", small_maxvit, 32, "blocks.1"),
     Case("mnasnet", lambda: torchvision_models().MNASNet(0.1, num_classes=11), 40, "layers", at_most=4),
     Case("vgg_bn", small_vgg, 32, "features"),
     Case("alexnet", small_alexnet, 64, "features", ("features.0", "features.6", "features.8")),
-    torchvision("inception_v3", 75, "Mixed_7c", at_most=2, init_weights=False, aux_logits=True),
+    torchvision(
+        "inception_v3",
+        75,
+        "Mixed_7c",
+        ("Mixed_6e.branch_pool.bn", "Mixed_7b.branch3x3dbl_3a.bn", "Mixed_7c.branch1x1.bn"),
+        init_weights=False,
+        aux_logits=True,
+    ),
     Case("torchvision_densenet", small_densenet, 32, "features.denseblock2", at_most=4),
     Case("resnext", small_resnext, 32, "layer4", at_most=4),
     Case("swin_v2", small_swin_v2, 32, "permute"),
 ]
 
 
-# --- OpenOOD --------------------------------------------------------------------------------------------------------------
+# --- OpenOOD --------------------------------------------------------------------------------------------------------
 
 
 def openood_network(module: str) -> ModuleType:
@@ -214,18 +133,20 @@ def openood_network(module: str) -> ModuleType:
 
     Loaded by its path: the package around it imports far more than these files need.
     """
-    home = os.environ.get("OPENOOD_HOME")
-    spec = None if home else importlib.util.find_spec("openood")
-    roots = [Path(home) / "openood"] if home else [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    if "OPENOOD_HOME" in os.environ:
+        roots = [Path(os.environ["OPENOOD_HOME"]) / "openood"]
+    else:
+        package = importlib.util.find_spec("openood")
+        roots = [Path(root) for root in (package and package.submodule_search_locations) or ()]
     for root in roots:
         file = root / "networks" / f"{module}.py"
         if file.is_file():
             name = f"_openood_networks_{module}"
-            found = importlib.util.spec_from_file_location(name, file)
-            assert found is not None and found.loader is not None
-            loaded = importlib.util.module_from_spec(found)
-            sys.modules[name] = loaded  # deepcopy and pickle look classes up by module
-            found.loader.exec_module(loaded)
+            spec = importlib.util.spec_from_file_location(name, file)
+            assert spec is not None and spec.loader is not None
+            loaded = importlib.util.module_from_spec(spec)
+            sys.modules[name] = loaded  # copies and pickles look classes up by module
+            spec.loader.exec_module(loaded)
             return loaded
     pytest.skip("needs OpenOOD: git clone https://github.com/Jingkang50/OpenOOD DIR && OPENOOD_HOME=DIR pytest")
 
@@ -254,10 +175,22 @@ OPENOOD = [
         64,
         "layer4",
     ),
-    Case("resnet50", lambda: openood_network("resnet50").ResNet50(layers=[1, 1, 1, 1], num_classes=11), 64, "layer4", at_most=4),
+    Case(
+        "resnet50",
+        lambda: openood_network("resnet50").ResNet50(layers=[1, 1, 1, 1], num_classes=11),
+        64,
+        "layer4",
+        at_most=4,
+    ),
     Case("wrn", lambda: openood_network("wrn").WideResNet(10, 11, widen_factor=1), 32, "relu"),
     Case("densenet", lambda: openood_network("densenet").DenseNet3(22, growth_rate=4, num_classes=11), 32, "relu"),
-    Case("bit", lambda: openood_network("bit").ResNetV2([1, 1, 1, 1], 1, head_size=11), 32, "before_head", at_most=4),
+    Case(
+        "bit",
+        lambda: openood_network("bit").ResNetV2([1, 1, 1, 1], 1, head_size=11),
+        32,
+        "before_head",
+        splits=("body.block2.unit01.gn3", "body.block4.unit01.gn1", "body.block4.unit01.gn2", "before_head.gn"),
+    ),
     Case(
         "vit_b_16",
         lambda: openood_network("vit_b_16").ViT_B_16(
@@ -265,7 +198,11 @@ OPENOOD = [
         ),
         32,
         "encoder.layers.encoder_layer_1",
-        splits=("encoder.layers.encoder_layer_0.ln_1", "encoder.layers.encoder_layer_0.ln_2", "encoder.layers.encoder_layer_1.ln_2"),
+        splits=(
+            "encoder.layers.encoder_layer_0.ln_1",
+            "encoder.layers.encoder_layer_0.ln_2",
+            "encoder.layers.encoder_layer_1.ln_2",
+        ),
     ),
     Case(
         "swin_t",
@@ -280,7 +217,7 @@ OPENOOD = [
 ]
 
 
-# --- traps ----------------------------------------------------------------------------------------------------------------
+# --- traps ----------------------------------------------------------------------------------------------------------
 
 OWN_SPLITS = {
     "Functional": ("stem", "conv1", "act", "last"),
@@ -293,7 +230,10 @@ OWN_SPLITS = {
     "Reused": ("norm0", "norm1", "norm1#2", "norm1#3", "conv1#3", "norm9"),
 }
 
-HANDMADE = [Case(name, make, 16, "feature", OWN_SPLITS.get(name, ()), at_most=12) for name, make in TRAPS.items()]
+HANDMADE = [
+    Case(name, make, 16, "feature", OWN_SPLITS.get(name, ()), at_most=12)
+    for name, make in (TRAPS | RECTIFIER_TRAPS).items()
+]
 HANDMADE += [Case("Plain", Plain, 16, "relu2", ("conv1", "conv2"))]
 
 ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]

@@ -4,13 +4,14 @@ One split at a time, one iteration at a time, one whole forward of the untouched
 hook replaces the output of the split module (or of its n-th call, ``"name#2"``) by the perturbed activation z, so every
 residual branch that left before the split keeps its clean value; ``torch.autograd.grad`` does the rest.
 
-Symbols, as in the paper and DESIGN: z_j (B, K, R, S) activation at split j, T steps, eta step size, g_i attribution gradient
-of iteration i, F the feature map of variant A, y the class predicted on the clean input.
+Symbols, as in the paper: z_j (B, K, R, S) the activation at split j, T steps, eta the step size, g_i the attribution
+gradient of iteration i, F the feature map of variant A, y the class predicted on the clean input.
 
     z_j^i = z_j^{i-1} + eta sign(dL_step/dz)          Eq. 9, then Eq. 4: ||z_j^i - z_j^0||_2 <= epsilon, image by image
     A_j   = sum_i (z_j^i - z_j^{i-1}) g_i             Eq. 10, the attribution map
     Z     : E = share of (position, i) with g_i != 0  Eq. 11 (or of positions with any / every g_i != 0)
-    A     : E = |mean_hw,i d(sum_{c in top} mean_hw F_c)/dz_j| / sqrt(mean_c |mean_hw,i d(sum_k log p_k)/dF_c|)   Eq. 12-13
+    A     : E = |mean_hw,i d(sum_{c in top} mean_hw F_c)/dz_j| / sqrt(mean_c |mean_hw,i d(sum_k log p_k)/dF_c|)
+                                                      Eq. 12-13
     tau   = sqrt(sum_{j,k} E^2)                       Eq. 14
 """
 
@@ -59,7 +60,7 @@ class Path:
         return x.movedim(self.channel_dim, 1).reshape(x.shape[0], x.shape[self.channel_dim], -1)
 
     def counts(self, combine: str, steps: int | None = None) -> Tensor:
-        """(B, K): Eq. 11 before its division by the number of positions; ``steps`` looks at the first iterations only."""
+        """(B, K): Eq. 11 before its division by the number of positions; of the first ``steps`` iterations only."""
         active = torch.stack([self.by_channel(g) != 0 for g in self.gradients[:steps]])  # (T, B, K, positions)
         if combine == "count":
             return active.sum((0, 3))
@@ -73,16 +74,17 @@ class Path:
 
     def mean_gradient(self, steps: int | None = None) -> Tensor:
         """(B, K): signed mean over positions and iterations."""
-        return self.by_channel(sum(self.gradients[:steps]) / len(self.gradients[:steps])).mean(2)
+        return self.by_channel(torch.stack(self.gradients[:steps]).mean(0)).mean(2)
 
     def attribution_map(self) -> Tensor:
         """(B, R, S): Eq. 10 summed over channels; (B, positions, 1) for tokens, (B, 1, 1) for vectors."""
         moves = [after - before for before, after in zip(self.activations, self.activations[1:], strict=False)]
-        total = sum(move * g for move, g in zip(moves, self.gradients, strict=True)).sum(self.channel_dim)
+        products = [move * g for move, g in zip(moves, self.gradients, strict=True)]
+        total = torch.stack(products).sum(0).sum(self.channel_dim)
         return total.reshape(*total.shape[:3], *[1] * (3 - total.ndim))
 
 
-# --- the network, seen from outside -------------------------------------------------------------------------------------
+# --- the network, seen from outside ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def channel_dim(net: nn.Module, split: str, z: Tensor) -> int:
     return 2 if z.ndim == 3 and not batch_norm else 1
 
 
-# --- the attack ---------------------------------------------------------------------------------------------------------
+# --- the attack -----------------------------------------------------------------------------------------------------
 
 
 def gradient(value: Tensor, at: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class Reference:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             logits, features = forward_with(self.net, self.x, split, z, feature)
             attributed = attribution(logits if features is None else features)
-            # In variant A, "max_logit" ascends what is attributed, as the released code does (in Z the two are the same).
+            # In variant A, "max_logit" ascends what is attributed, as the released code does; in Z they are the same.
             return attributed, attributed if follow else self.ascent(logits)
 
         return Path(*walk(start, forward, self.options), channel_dim(self.net, split, start))
@@ -225,7 +227,7 @@ class Reference:
             gradients.append(gradient(attribution(logits if features is None else features), leaf))
         return Path(activations, gradients, channel_dim(self.net, split, activations[0]))
 
-    # --- what is read from the paths; `steps` reads the first iterations only, as a run with fewer steps would -----------
+    # --- what is read from the paths; `steps` reads the first iterations only, as a run with fewer steps would
 
     def inner(self, split: str, steps: int | None = None) -> Tensor:
         """(B, K): the numerator of Eq. 13."""

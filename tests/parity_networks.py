@@ -82,7 +82,11 @@ class ResNet(nn.Module):
 class PreActivationBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), conv(inputs, outputs, 3, stride)
+        self.bn1, self.relu1, self.conv1 = (
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(inplace=True),
+            conv(inputs, outputs, 3, stride),
+        )
         self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), conv(outputs, outputs, 3)
         self.convShortcut = None if inputs == outputs else conv(inputs, outputs, 1, stride)
 
@@ -155,7 +159,11 @@ class BiT(nn.Module):
         super().__init__()
         inputs = width(weights, "root.conv")
         # Padding by zeros before an unpadded max-pool is not max-pool's own padding (minus infinity).
-        root = [("conv", standardised(3, inputs, 7, 2)), ("pad", nn.ConstantPad2d(1, 0.0)), ("pool", nn.MaxPool2d(3, 2))]
+        root = [
+            ("conv", standardised(3, inputs, 7, 2)),
+            ("pad", nn.ConstantPad2d(1, 0.0)),
+            ("pool", nn.MaxPool2d(3, 2)),
+        ]
         self.root = nn.Sequential(OrderedDict(root))
         self.body = nn.Sequential()
         for stage in range(1, 1 + repeats(weights, "body.block{}.unit01.conv1", first=1)):
@@ -167,7 +175,11 @@ class BiT(nn.Module):
                 units.add_module(f"unit{number:02d}", Bottleneck(inputs, middle, outputs, stride, groups))
                 inputs = outputs
             self.body.add_module(f"block{stage}", units)
-        before_head = [("gn", nn.GroupNorm(groups, inputs)), ("relu", nn.ReLU(inplace=True)), ("avg", nn.AdaptiveAvgPool2d(1))]
+        before_head = [
+            ("gn", nn.GroupNorm(groups, inputs)),
+            ("relu", nn.ReLU(inplace=True)),
+            ("avg", nn.AdaptiveAvgPool2d(1)),
+        ]
         self.before_head = nn.Sequential(OrderedDict(before_head))
         self.head = nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, width(weights, "head.conv"), 1)))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi import SandI
-from tests import networks
-from tests.networks import Case
+from tests import cases, networks
+from tests.cases import Case
 from tests.oracle import Options, Reference
 
 RELATIVE = 1e-12
@@ -25,13 +25,13 @@ some_networks = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name
 
 @lru_cache(maxsize=1)  # the tests of one network follow each other
 def network(case: Case) -> tuple[nn.Module, Tensor]:
-    return networks.build(case), networks.images(case)
+    return cases.build(case), cases.images(case)
 
 
 @lru_cache(maxsize=4)
 def reference(case: Case, options: Options) -> Reference:
     net, x = network(case)
-    return Reference(net, x, networks.split_points(case, net, x, before=options.feature), options)
+    return Reference(net, x, cases.split_points(case, net, x, before=options.feature), options)
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +54,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         # 0/0 in Eq. 13, where no unit behind F is active, is NaN in both.
         scale = values[values.isfinite()].abs().max().item() if values.isfinite().any() else 0.0
         torch.testing.assert_close(
-            found[split], values, rtol=0, atol=RELATIVE * scale, equal_nan=True, msg=lambda text, split=split: f"{split}: {text}"
+            found[split],
+            values,
+            rtol=0,
+            atol=RELATIVE * scale,
+            equal_nan=True,
+            msg=lambda text, split=split: f"{split}: {text}",
         )
 
 
@@ -81,14 +86,16 @@ def test_z(case: Case) -> None:
     for steps, combine in Z_SETTINGS if trap else Z_SHORT:
         assert_agrees(detector_like(naive, steps=steps, combine=combine), naive, combine, steps)
         if trap:
-            assert_agrees(detector_like(naive, steps=steps, combine=combine, rectifier_shortcut=False), naive, combine, steps)
+            assert_agrees(
+                detector_like(naive, steps=steps, combine=combine, rectifier_shortcut=False), naive, combine, steps
+            )
 
 
 @every_trap
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_z_after_a_first_batch_of_another_kind(case: Case, combine: str, first: int) -> None:
-    """What one image shows of the network, say that a rectifier's mask is the gradient's pattern, need not hold for the next."""
+    """What one image shows, say that a rectifier's mask is the pattern of the gradient, need not hold for the next."""
     naive = reference(case, Options("Z", steps=2, step_size=0.01))
     detector = detector_like(naive, combine=combine)
     detector(naive.x[first : first + 1])

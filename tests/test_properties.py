@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from openood_sandi import SandI
-from tests.networks import Case, build, images, norm_calls
+from tests.cases import Case, build, images, norm_calls
 from tests.oracle import Options, Reference
 
 WIDTH = 4
@@ -33,7 +33,7 @@ class Step(nn.Module):
         if kind == "excite":
             self.excite = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: PLR0911
+    def forward(self, x: Tensor) -> Tensor:
         match self.kind:
             case "plain" | "group norm":
                 return self.relu(self.norm(self.conv(x)))
@@ -146,7 +146,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @FEW
 @given(net=some_networks, x=some_images, options=some_options, shortcut=st.booleans())
 def test_equals_the_reference(net: nn.Module, x: Tensor, options: dict[str, Any], shortcut: bool) -> None:
-    naive = Reference(net, x, norm_calls(net, x), Options(feature="feature" if options["variant"] == "A" else "", **options))
+    naive = Reference(
+        net, x, norm_calls(net, x), Options(feature="feature" if options["variant"] == "A" else "", **options)
+    )
     ours = detector(net, rectifier_shortcut=shortcut, **options)
     ours(x[:1])  # what the first image shows of the network need not hold for the others
     pred, tau = ours(x)
@@ -161,7 +163,9 @@ def test_equals_the_reference(net: nn.Module, x: Tensor, options: dict[str, Any]
 
 
 @FEW
-@given(net=some_networks, x=some_images, options=some_options, order=st.permutations(range(3)), share=st.floats(1e-9, 1.0))
+@given(
+    net=some_networks, x=some_images, options=some_options, order=st.permutations(range(3)), share=st.floats(1e-9, 1.0)
+)
 def test_a_score_is_that_of_the_image_alone(
     net: nn.Module, x: Tensor, options: dict[str, Any], order: list[int], share: float
 ) -> None:

@@ -1,6 +1,6 @@
 """Small hand-made networks, each of them a trap for an engine that replays a network from the middle.
 
-All take (B, 3, 16, 16) and give (B, 7) logits. Where a feature map is named (``FEATURE``), it is the module "feature".
+All take (B, 3, 16, 16) and give (B, 7) logits. The feature map of variant A is the module "feature".
 """
 
 from __future__ import annotations
@@ -32,6 +32,20 @@ class Trap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(F.relu(self.norm0(self.stem(x))))
         return self.head(self.feature(self.norm9(self.last(x))).mean((2, 3)))
+
+
+class Block(Trap):
+    """One normalised, rectified convolution; tests change what happens to its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(), nn.BatchNorm2d(WIDTH)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def middle(self, x: Tensor) -> Tensor:
+        return F.relu(self.change(x, self.norm1(self.conv1(x))))
 
 
 class InPlaceResidual(Trap):
@@ -90,7 +104,10 @@ class Grouped(Trap):
         super().__init__()
         self.depthwise, self.norm1 = conv(groups=WIDTH), nn.BatchNorm2d(WIDTH)
         self.pointwise, self.norm2 = conv(kernel=1), nn.GroupNorm(2, WIDTH)
-        self.grouped, self.norm3 = conv(groups=2, dilation=1), nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True)
+        self.grouped, self.norm3 = (
+            conv(groups=2, dilation=1),
+            nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True),
+        )
         self.act = nn.ReLU6(inplace=True)
 
     def middle(self, x: Tensor) -> Tensor:
@@ -115,7 +132,7 @@ class Pooled(Trap):
 
 
 class Attention(Trap):
-    """Tokens, a class token expanded to the batch, self-attention by hand and by nn.MultiheadAttention (which gives a tuple)."""
+    """Tokens, a class token expanded to the batch, self-attention by hand and by a module (which gives a tuple)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,71 +323,6 @@ class FrozenStem(Trap):
         return self.head(self.feature(self.norm9(self.last(x))).mean((2, 3)))
 
 
-# --- where the pattern of non-zero gradients is not the mask of the rectifier behind the split ------------------------------
-
-
-class TwoRectifiers(Trap):
-    """A split feeds two rectifiers of opposite sign and a clipped one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = conv(), nn.BatchNorm2d(WIDTH)
-
-    def middle(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x))
-        return F.relu(y) + F.relu(-y - 0.5) * 2 + F.hardtanh(y, 0.2, 0.7)
-
-
-class Saturated(Trap):
-    """ReLU6 well beyond 6; a rectifier whose negative slope is not zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1, self.conv2, self.norm2 = conv(), nn.BatchNorm2d(WIDTH), conv(), nn.BatchNorm2d(WIDTH)
-        self.act1, self.act2 = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True)
-
-    def middle(self, x: Tensor) -> Tensor:
-        return self.act2(self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)) * 8)))) / 4
-
-
-class ZeroWeights(Trap):
-    """Half of a rectified map meets weights of zero; a quarter is not used at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv(6, WIDTH)
-        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 0, 1, 0]).view(1, 6, 1, 1))
-
-    def middle(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.norm1(self.conv1(x)))[:, :6] * self.mask)
-
-
-class Gate(Trap):
-    """Images of low contrast have their features switched off, and with them every gradient behind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = conv(), nn.BatchNorm2d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = F.relu(x.flatten(1).std(1) - 0.8)
-        y = F.relu(self.norm1(self.conv1(F.relu(self.norm0(self.stem(x))))))
-        y = self.feature(self.norm9(self.last(y)))
-        return self.head(y.mean((2, 3)) * gate[:, None])
-
-
-class Starved(Trap):
-    """A rectifier that is off everywhere for some images, whose branch then has no gradient; a skip goes around it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv()
-
-    def middle(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return x + F.relu(self.conv2(y) - 4.0)
-
-
 TRAPS: dict[str, type[nn.Module]] = {
     trap.__name__: trap
     for trap in (
@@ -391,11 +343,6 @@ TRAPS: dict[str, type[nn.Module]] = {
         Upsampling,
         Functional,
         FrozenStem,
-        TwoRectifiers,
-        Saturated,
-        ZeroWeights,
-        Gate,
-        Starved,
     )
 }
 """Those with a module "feature" for variant A; ``Plain`` besides."""
