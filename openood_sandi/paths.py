@@ -78,7 +78,7 @@ def walk_splits(
         gates.pattern(site, mask)
         if gates.steps > 1:
             let_through[site] = mask.flatten(1).sum(1)
-    if gates.steps == 1 and gates.certificate is not None and not gates.certificate.holds(tape.calls):
+    if gates.at and gates.steps == 1 and gates.certificate is not None and not gates.certificate.holds(tape.calls):
         return logits.detach(), list(gates.at)
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     for site in gates.at:

@@ -1,4 +1,4 @@
-"""The networks that the engine is tested on: OpenOOD's, torchvision's, and hand-made traps, small, with random weights."""
+"""The networks that the engine is tested on: OpenOOD's, torchvision's and hand-made traps, all of them small."""
 
 from __future__ import annotations
 

@@ -234,9 +234,9 @@ class Reference:
         return self.paths[split].mean_gradient(steps).abs()
 
     def output(self, steps: int | None = None) -> Tensor:
-        """(B,): the denominator of Eq. 13."""
+        """(B,): the denominator of Eq. 13, kept from zero where no unit behind F is active."""
         assert self.feature_path is not None
-        return self.feature_path.mean_gradient(steps).abs().mean(1).sqrt()
+        return self.feature_path.mean_gradient(steps).abs().mean(1).sqrt().clamp(min=1e-12)
 
     def densities(self, combine: str | None = None, steps: int | None = None) -> dict[str, Tensor]:
         """{split: (B, K)}: E of Eq. 11 (Z) or Eq. 13 (A)."""

@@ -71,6 +71,45 @@ class Starved(Trap):
         return x + F.relu(self.conv2(y) - 4.0)
 
 
+class Strided(Trap):
+    """A stride passes by three positions of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv(kernel=1, stride=2)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+
+class Cropped(Trap):
+    """A pool and a convolution whose windows do not reach the border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 2, stride=3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.conv2(y)) + F.avg_pool2d(y, 3)[:, :, :1, :1]
+
+
+class Pruned(Trap):
+    """Convolutions with channels of zero weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(), nn.BatchNorm2d(WIDTH), conv()
+
+    def eval(self) -> Pruned:
+        with torch.no_grad():
+            self.conv2.weight[:, ::2] = 0.0
+        return super().eval()
+
+    def middle(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+
 RECTIFIER_TRAPS: dict[str, type[nn.Module]] = {
-    trap.__name__: trap for trap in (TwoRectifiers, Saturated, ZeroWeights, Gate, Starved)
+    trap.__name__: trap for trap in (TwoRectifiers, Saturated, ZeroWeights, Gate, Starved, Strided, Cropped, Pruned)
 }
