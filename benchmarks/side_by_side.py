@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to score (training is on the CPU); default here: %(default)s",
     )
-    options.add_argument(
-        "--seed", type=int, default=0, help="of the network's training; default: %(default)s"
-    )
+    options.add_argument("--seed", type=int, default=0, help="of the network's training; default: %(default)s")
     options.add_argument(
         "--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s"
     )

@@ -148,7 +148,8 @@ def test_equals_the_reference(net: nn.Module, x: Tensor, options: dict[str, Any]
         net, x, norm_calls(net, x), Options(feature="feature" if options["variant"] == "A" else "", **options)
     )
     ours = detector(net, rectifier_shortcut=shortcut, **options)
-    ours(x[:1])  # what the first image shows of the network need not hold for the others
+    if not (shortcut and options["steps"] == 2):  # there g_2 is compared on the first batch, and on samples later
+        ours(x[:1])  # what the first image shows of the network need not hold for the others
     pred, tau = ours(x)
     assert ours.split_names == naive.splits
     assert torch.equal(pred, naive.pred)

@@ -110,8 +110,7 @@ def compute_all_metrics() -> Callable[..., list[float]]:
     files = [f for root in roots if (f := root / "openood/evaluators/metrics.py").is_file()]
     if not files:
         pytest.skip(
-            "OpenOOD is missing; supply it by git clone https://github.com/Jingkang50/OpenOOD DIR "
-            "and OPENOOD_HOME=DIR"
+            "OpenOOD is missing; supply it by git clone https://github.com/Jingkang50/OpenOOD DIR and OPENOOD_HOME=DIR"
         )
     module_spec = importlib.util.spec_from_file_location("openood_metrics", files[0])
     assert module_spec is not None and module_spec.loader is not None
@@ -211,9 +210,7 @@ def test_training_is_cached_and_leaves_the_random_state(
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty", "other network", "not an archive"])
-def test_a_damaged_cache_is_reported_and_replaced(
-    data: tuple[Tensor, Tensor], tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_cache_is_reported_and_replaced(data: tuple[Tensor, Tensor], tmp_path: Path, damage: str) -> None:
     good = training.trained(*data, QUICK, 0, tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -354,12 +351,8 @@ def test_the_table_holds_the_metrics_of_the_methods_scores(quick: list[str], tmp
         unknown = scorer(torch.stack([images.dataset[i][0] for i in range(20)]))[1].numpy()
         expected = detection(known, unknown)
         assert frame.loc[images.name, "AUROC"] == pytest.approx(100 * expected.auroc)
-        assert frame.loc[images.name, "FPR95 ID lost (OpenOOD)"] == pytest.approx(
-            100 * expected.fpr95_id_lost
-        )
-        assert frame.loc[images.name, "FPR95 OOD let in (paper)"] == pytest.approx(
-            100 * expected.fpr95_ood_let_in
-        )
+        assert frame.loc[images.name, "FPR95 ID lost (OpenOOD)"] == pytest.approx(100 * expected.fpr95_id_lost)
+        assert frame.loc[images.name, "FPR95 OOD let in (paper)"] == pytest.approx(100 * expected.fpr95_ood_let_in)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

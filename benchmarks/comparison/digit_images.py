@@ -49,9 +49,7 @@ class Digits:
 def digits() -> Digits:
     """The 1797 handwritten digits, split once and for all (the same writers occur in both halves)."""
     bunch = load_digits()
-    train, test = train_test_split(
-        np.arange(len(bunch.target)), test_size=0.5, stratify=bunch.target, random_state=0
-    )
+    train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.5, stratify=bunch.target, random_state=0)
     images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.int64)
     return Digits(images[train], labels[train], images[test], labels[test])
 

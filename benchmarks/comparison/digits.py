@@ -24,9 +24,7 @@ def load(seed: int, cache: Path, recipe: Recipe = RECIPE) -> Suite:
     ``seed`` is the network's: the images are the same for every seed.
     """
     digits = digit_images.digits()
-    network = trained(
-        network_input(digits.train_images), torch.from_numpy(digits.train_labels), recipe, seed, cache
-    )
+    network = trained(network_input(digits.train_images), torch.from_numpy(digits.train_labels), recipe, seed, cache)
     count = len(digits.test_images)
     return Suite(
         name="digits",
@@ -68,8 +66,6 @@ def network_input(images: digit_images.Images) -> Tensor:
     return F.interpolate(pixels, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", align_corners=False)
 
 
-def _ood_set(
-    name: str, group: Literal["near", "far"], images: digit_images.Images, description: str
-) -> ImageSet:
+def _ood_set(name: str, group: Literal["near", "far"], images: digit_images.Images, description: str) -> ImageSet:
     labels = torch.full((len(images),), -1)
     return ImageSet(name, group, TensorDataset(network_input(images), labels), description)

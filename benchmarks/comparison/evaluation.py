@@ -55,9 +55,7 @@ def evaluate(method: str, suite: Suite, device: torch.device, batch_size: int) -
     )
 
 
-def score(
-    scorer: Scorer, images: ImageSet, device: torch.device, batch_size: int, progress: tqdm[Any]
-) -> Scored:
+def score(scorer: Scorer, images: ImageSet, device: torch.device, batch_size: int, progress: tqdm[Any]) -> Scored:
     """Score a set batch by batch on ``device``."""
     preds, labels, scores = [], [], []
     for batch, label in images.batches(batch_size):

@@ -42,8 +42,7 @@ def detection(id_scores: Scores, ood_scores: Scores) -> Detection:
         bad = int(np.count_nonzero(~np.isfinite(scores)))
         if bad:
             raise ValueError(
-                f"{bad} of {len(scores)} {name} scores are NaN or infinite; "
-                "check the images and the network's output."
+                f"{bad} of {len(scores)} {name} scores are NaN or infinite; check the images and the network's output."
             )
     is_ood = np.concatenate([np.zeros(len(id_scores), dtype=bool), np.ones(len(ood_scores), dtype=bool)])
     oodness = np.concatenate([id_scores, ood_scores])

@@ -75,9 +75,7 @@ def write(folder: Path, frame: pd.DataFrame, suite: Suite, run: dict[str, Any]) 
     record = {
         **run,
         "network": suite.network_description,
-        "sets": [
-            {"name": s.name, "group": s.group, "images": len(s), "description": s.description} for s in sets
-        ],
+        "sets": [{"name": s.name, "group": s.group, "images": len(s), "description": s.description} for s in sets],
         "results": frame.to_dict(orient="records"),
     }
     made = f"Made by `{run['command']}` on {run['hardware']['processor']}, torch {run['versions']['torch']}."
@@ -96,9 +94,7 @@ def write(folder: Path, frame: pd.DataFrame, suite: Suite, run: dict[str, Any]) 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
     numbers = frame.select_dtypes("float").columns
-    return frame.assign(
-        **{name: frame[name].map(f"{{:.{DECIMALS.get(name, 2)}f}}".format) for name in numbers}
-    )
+    return frame.assign(**{name: frame[name].map(f"{{:.{DECIMALS.get(name, 2)}f}}".format) for name in numbers})
 
 
 def replace(path: Path, text: str) -> None:
