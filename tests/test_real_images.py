@@ -19,7 +19,7 @@ CHECKPOINT = SHARED / "checkpoints/cifar10_resnet20.pt"
 LISTS = SHARED / "data/benchmark_imglist/cifar10"
 pytestmark = pytest.mark.skipif(
     not (CHECKPOINT.is_file() and LISTS.is_dir()),
-    reason=f"needs weights and images: SANDI_SHARED=FOLDER with checkpoints/{CHECKPOINT.name} and data/ in OpenOOD's layout",
+    reason=f"needs {CHECKPOINT} and {LISTS}; SANDI_SHARED=FOLDER names another place for both",
 )
 IMAGES = 500  # of each of the two lists
 
