@@ -92,10 +92,15 @@ def find_certificate(calls: Sequence[Call]) -> Certificate | None:
     for position, call in enumerate(calls):
         if not call.producers or not has_tensor(call.result):
             continue
+        before = calls[call.producers[0]] if call.producers[0] >= 0 else None
         if _bounds(call) is not None:
+            if before is None:
+                return None
             rectifiers.append(Gate(call.producers[0], (), position, _max_pool_behind(calls, consumers, position)))
         elif call.name == "max_pool2d":
-            if _max_pool_behind(calls, consumers, call.producers[0]) != position:
+            # behind anything but a rectifier it drops positions that no mask tells of
+            alone = _max_pool_behind(calls, consumers, call.producers[0]) == position
+            if before is None or _bounds(before) is None or not alone:
                 return None
         elif call.name == "conv2d":
             if (call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)) != 1:
