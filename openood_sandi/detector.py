@@ -27,7 +27,7 @@ __all__ = ["SandI"]
 _log = logging.getLogger(__name__)
 
 # Gates are compared with true gradients on images of the first batch (on all, where that takes one backward pass) and
-# on some more every so many. Between these, the zeros of each batch's step gradient are looked at (`walk_gates`).
+# on some more every so many. Between these, the zeros of each batch's step gradient are looked at (`walk_splits`).
 _FIRST_CHECK = 4
 _LATER_CHECK = 1
 _CHECK_EVERY = 1024
