@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from comparison import digits, report
+from comparison import arguments, digits, report
 from comparison.environment import environment
 from comparison.evaluation import Outcome, evaluate
 from comparison.methods import METHODS
@@ -41,11 +41,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"one or more of {', '.join(METHODS)}; default: all",
     )
-    options.add_argument("--limit", type=_positive, help="use only the first LIMIT images of every set")
-    options.add_argument("--batch-size", type=_positive, default=200, help="default: %(default)s")
+    options.add_argument("--limit", type=arguments.positive, help="use only the first LIMIT images of every set")
+    options.add_argument("--batch-size", type=arguments.positive, default=200, help="default: %(default)s")
     options.add_argument(
         "--device",
-        type=_device,
+        type=arguments.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to score (training is on the CPU); default here: %(default)s",
     )
@@ -84,20 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcomes:
             print(report.screen(report.table(outcomes, suite)), report.LEGEND, sep="\n\n")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
 
 
 if __name__ == "__main__":

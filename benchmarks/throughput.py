@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from comparison import arguments
 from comparison.environment import environment
 from speed import plots, report
 from speed.measuring import Bench, Measurement, Setting
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=summary)
     options.add_argument(
         "--device",
-        type=_device,
+        type=arguments.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default here: %(default)s",
     )
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--batch-size",
-        type=_positive,
+        type=arguments.positive,
         nargs="+",
         metavar="B",
         help="default: 16 64 200 on a GPU and 16 on a CPU, at 224 pixels 8 32 and 2; slow methods take 2 on a CPU",
@@ -94,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         default="wall",
         help="processor: CPU time, steadier on a machine that others use; with --threads 1 only; default: %(default)s",
     )
-    options.add_argument("--threads", type=_positive, help="CPU threads; default: torch's")
+    options.add_argument("--threads", type=arguments.positive, help="CPU threads; default: torch's")
     options.add_argument("--seed", type=int, default=0, help="of weights and images; default: %(default)s")
     options.add_argument("--out", type=Path, metavar="DIR", help="write CSV, Markdown, JSON and pictures there")
     return options
@@ -235,13 +236,6 @@ def _sweep(options: argparse.Namespace, setting: Setting, results: _Results) -> 
             results.add_sweep(name, found)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def _factor(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
@@ -254,13 +248,6 @@ def _turns(text: str) -> int:
     if number < 2:
         raise argparse.ArgumentTypeError(f"{number} turn(s) have no quartiles; give 2 at least")
     return number
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
 
 
 if __name__ == "__main__":
