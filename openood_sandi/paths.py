@@ -73,17 +73,13 @@ def walk_splits(
     with torch.set_grad_enabled(gates.steps > 1 or any(site not in gates.at for site in tape.sites)):
         logits = tape.record(x, _leaves(clean) if torch.is_grad_enabled() else keep)
     let_through: dict[Site, Tensor] = {}
-    masks: dict[int, Tensor] = {}  # by rectifier: a residual branch and its shortcut share one
     for site, gate in gates.at.items():
-        if gate.rectifier not in masks:
-            masks[gate.rectifier] = gate.clean(tape.calls)
-        gates.pattern(site, masks[gate.rectifier])
+        mask = gate.clean(tape.calls)
+        gates.pattern(site, mask)
         if gates.steps > 1:
-            let_through[site] = masks[gate.rectifier].flatten(1).sum(1)
-    if gates.at and gates.steps == 1 and gates.certificate is not None:
-        if not gates.certificate.holds(tape.calls, masks):
-            return logits.detach(), list(gates.at)
-    del masks
+            let_through[site] = mask.flatten(1).sum(1)
+    if gates.at and gates.steps == 1 and gates.certificate is not None and not gates.certificate.holds(tape.calls):
+        return logits.detach(), list(gates.at)
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     for site in gates.at:
         if gates.steps > 1:
