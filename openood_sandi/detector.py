@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from openood_sandi import checks
 from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
-from openood_sandi.memory import free_memory
+from openood_sandi.memory import Room, free_memory, is_out_of_memory
 from openood_sandi.objectives import Plan, ascended, channel_average_plan, logits_plan
 from openood_sandi.paths import Gates, Observer, walk_input, walk_splits
 from openood_sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
@@ -25,6 +26,8 @@ from openood_sandi.statistics import AttributionMaps, ChannelAverage, NonZeroDen
 __all__ = ["SandI"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Gates are compared with true gradients on images of the first batch (on all, where that takes one backward pass) and
 # on some more every so many. Between these, the zeros of each batch's step gradient are looked at (`walk_splits`).
@@ -96,13 +99,16 @@ class SandI:
         checks.require_count(steps=steps)
         checks.require_positive(step_size=step_size, epsilon=epsilon)
         checks.require_share(top_fraction=top_fraction, memory_fraction=memory_fraction)
+        checks.require_switch(splitting=splitting, rectifier_shortcut=rectifier_shortcut)
+        checks.require_names(splits=splits)
+        checks.require_name(feature=feature)
         self.net = checks.eager_network(net)
         self.variant, self.combine, self.top_fraction, self.top_over = variant, combine, top_fraction, top_over
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon)
         self.memory_fraction = memory_fraction
         self._wanted_splits, self._wanted_feature = splits, feature
-        self._splits: tuple[Split, ...] | None = None
+        self._splits: tuple[Split, ...] = ()  # found on the first batch
         self._feature: Split | None = None
         self._rectifier_shortcut = rectifier_shortcut
         self._candidate_gates: dict[Site, Gate] = {}
@@ -112,6 +118,7 @@ class SandI:
         self._call_names: tuple[str, ...] = ()
         self._unchecked = 0
         self._bytes_per_pixel = 0.0
+        self._room = Room()
 
     # ------------------------------------------------------------------ public
 
@@ -123,82 +130,117 @@ class SandI:
 
         Returns:
             ``pred`` (B,) int64 and ``tau`` (B,) in the logits' dtype: Eq. 14, larger = more out-of-distribution. An
-            image whose logits are not finite has tau = NaN.
+            image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The others are not affected.
+
+        Raises:
+            ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
+            ReplayError: the network cannot be split.
+            torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        logits, densities = self._score(x)
-        tau = score(densities, logits.dtype)
-        return logits.argmax(1), tau.masked_fill(~logits.isfinite().all(1), math.nan)
+        pred, tau, finite = self._on_batch(x, self._scores)
+        if not finite:
+            _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
+        return pred, tau
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
-        return self._score(x)[1]
+        return self._on_batch(x, lambda x: _joined([densities for _, densities in self._parts(x)]))
 
     def explain(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: (B, R, S)}: the maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
-        with self._ready(x) as (parts, splits, _):
-            return _joined([self._explain_part(part, splits) for part in parts])
+        return self._on_batch(x, self._maps)
+
+    def not_finite(self, x: Tensor) -> list[str]:
+        """For each of the images ``x`` (B, C, H, W) that has no score, where NaN or infinity comes from."""
+        return checks.not_finite(self.net, x)
 
     @property
     def split_names(self) -> tuple[str, ...]:
         """The split points in call order; known after the first batch."""
-        if self._splits is None:
+        if not self._splits:
             raise RuntimeError("the split points are found on the first batch; score one first")
         return tuple(split.name for split in self._splits)
 
     # ------------------------------------------------------------------ scoring
 
-    def _score(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._ready(x) as (parts, splits, feature):
-            scored = [self._score_part(part, splits, feature) for part in parts]
-        return torch.cat([logits for logits, _ in scored]), _joined([densities for _, densities in scored])
+    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Predicted classes (B,), scores (B,), and False if one is seen not to be finite."""
+        logits, tau = zip(*((logits, score(found, logits.dtype)) for logits, found in self._parts(x)), strict=True)
+        joined = torch.cat(logits)
+        finite = joined.isfinite().all(1)
+        seen = joined.is_cuda or bool(finite.all())  # on a GPU, to look would be to wait for it
+        return joined.argmax(1), torch.cat(tau).masked_fill(~finite, math.nan), seen
 
-    def _explain_part(self, x: Tensor, splits: Sequence[Split]) -> dict[str, Tensor]:
-        observer = AttributionMaps(splits)
-        self._walk(x, splits, None, logits_plan(splits, self.attribution, self.ascent), observer, Gates())
-        return observer.maps()
-
-    def _score_part(
-        self, x: Tensor, splits: Sequence[Split], feature: Split | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if feature is not None:
-            average = ChannelAverage(splits, feature, self.attack.steps)
-            plan = channel_average_plan(splits, feature, self.ascent, self.top_fraction, self.top_over)
-            logits, _, _ = self._walk(x, (*splits, feature), feature.site, plan, average, Gates())
-            return logits, average.densities()
-        if self._gates is None:
-            self._gates = self._checked(
-                dict(self._candidate_gates), x[: _FIRST_CHECK if self.attack.steps > 1 else None]
-            )
-        elif self._unchecked >= _CHECK_EVERY:
-            self._gates = self._checked(self._gates, x[:_LATER_CHECK]) or self._gates
+    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Logits and densities of the batch, in parts that fit in memory."""
+        if self._feature is None:
+            self._check_gates(x)
+        for part in self._room.parts(x, self._part_size(x)):
+            yield self._score_a(part, self._feature) if self._feature is not None else self._score_z(part)
         self._unchecked += len(x)
-        logits, densities, _ = self._score_z(x, splits, self._gates or {})
-        return logits, densities
 
-    def _score_z(
-        self, x: Tensor, splits: Sequence[Split], gates: dict[Site, Gate]
-    ) -> tuple[Tensor, dict[str, Tensor], bool]:
-        """Logits, densities of Z, and whether the patterns at the ``gates`` could be read off their rectifiers."""
+    def _maps(self, x: Tensor) -> dict[str, Tensor]:
+        plan = logits_plan(self._splits, self.attribution, self.ascent)
+        maps: list[dict[str, Tensor]] = []
+        for part in self._room.parts(x, self._part_size(x)):
+            observer = AttributionMaps(self._splits)
+            self._walk(part, self._splits, None, plan, observer, Gates())
+            maps.append(observer.maps())
+        return _joined(maps)
+
+    def _score_a(self, x: Tensor, feature: Split) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and densities of A."""
+        average = ChannelAverage(self._splits, feature, self.attack.steps)
+        plan = channel_average_plan(self._splits, feature, self.ascent, self.top_fraction, self.top_over)
+        logits, _, _ = self._walk(x, (*self._splits, feature), feature.site, plan, average, Gates())
+        return logits, average.densities()
+
+    def _score_z(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and densities of Z; images of which a rectifier does not tell are computed."""
+        gates = self._gates or {}
+        read = self._read(x, self._splits, gates)
+        if read is None:
+            return self._exact(x, self._splits)
+        logits, found, doubtful = read
+        if doubtful:
+            splits = [split for split in self._splits if split.site in doubtful]
+            rows = (torch.stack(list(doubtful.values())).any(0) & logits.isfinite().all(1)).nonzero()[:, 0]
+            if len(rows):
+                _, exact = self._exact(x[rows], splits)
+                for split in splits:
+                    share = float((found[split.name][rows] - exact[split.name]).abs().sum()) / found[split.name].numel()
+                    found[split.name][rows] = exact[split.name]
+                    if share > _COINCIDENCE and not self._forward_suffices:
+                        _give_up(gates, split, share)
+        return logits, found
+
+    def _exact(self, x: Tensor, splits: Sequence[Split]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and densities of Z, every gradient computed."""
+        read = self._read(x, splits, {})
+        assert read is not None
+        return read[:2]
+
+    def _read(
+        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[Site, Tensor]] | None:
+        """Logits, densities of Z with the patterns at ``gates`` read off, and images (B,) where these do not tell.
+
+        None if the network made other calls than in the survey: gates are places on the survey's tape.
+        """
         density = NonZeroDensity(splits, self.attack.steps, self.combine)
         at = {split.site: gates[split.site] for split in splits if split.site in gates}
-        given = Gates(at, 1 if self._forward_suffices else self.attack.steps, self._certificate, density.pattern)
+        steps = 1 if self._forward_suffices else self.attack.steps
+        given = Gates(at, steps, self._certificate, self._call_names, density.pattern)
         plan = logits_plan(splits, self.attribution, self.ascent)
         logits, doubtful, same_calls = self._walk(x, splits, None, plan, density, given)
-        # Gates are places on the tape of the first batch, and a forward pass alone needs its certificate.
-        if at and (not same_calls or (doubtful and self._forward_suffices)):
-            logits, found, _ = self._score_z(x, splits, {})
-            return logits, found, False
-        found = density.densities()
-        if doubtful:
-            found |= self._settle(gates, [split for split in splits if split.site in doubtful], x, found)
-        return logits, found, True
+        return None if at and not same_calls else (logits, density.densities(), doubtful)
 
     def _find_gates(self, found: Survey, splits: Sequence[Split]) -> None:
         """The gates worth having: where one forward pass tells g_1, or one backward pass more g_2."""
         gates = find_gates(found.calls, found.positions(splits))
         self._certificate = find_certificate(found.calls)
         # The union of a rectifier's patterns is the first one; that of a max-pool's is not.
-        union = self.combine == "union" and all(gate.pool is None for gate in gates.values())
+        union = self.combine == "union" and all(gate.rectifier.pool is None for gate in gates.values())
         self._forward_suffices = self._certificate is not None and (self.attack.steps == 1 or union)
         if self._forward_suffices or self.attack.steps == 2:
             self._candidate_gates = gates
@@ -208,43 +250,47 @@ class SandI:
         few = self.attack.steps <= 2 or self.combine == "union"
         return self._rectifier_shortcut and few and self.splitting and self.attribution == "max_logit"
 
-    def _checked(self, gates: dict[Site, Gate], x: Tensor) -> dict[Site, Gate] | None:
-        """Those of the ``gates`` that tell the pattern of the true gradients on ``x``; None if ``x`` cannot tell."""
-        self._unchecked = 0
-        assert self._splits is not None
+    def _check_gates(self, x: Tensor) -> None:
+        """Compares the patterns that gates tell with those of gradients: on the first batch, and now and then."""
+        first = self._gates is None
+        if not first and self._unchecked < _CHECK_EVERY:
+            return
+        gates = dict(self._candidate_gates if self._gates is None else self._gates)
         splits = [split for split in self._splits if split.site in gates]
-        if splits:
-            _, found, read = self._score_z(x, splits, gates)
-            if not read:
-                return None
-            self._settle(gates, splits, x, found)
-        return gates
-
-    def _settle(
-        self, gates: dict[Site, Gate], splits: Sequence[Split], x: Tensor, found: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The exact densities on ``x``; gates that ``found`` others, by more than rounding explains, are given up."""
-        _, exact, _ = self._score_z(x, splits, {})
+        few = (_FIRST_CHECK if self.attack.steps > 1 else len(x)) if first else _LATER_CHECK
+        differing, compared = dict.fromkeys(gates, 0.0), 0
+        for part in self._room.parts(x[:few], self._part_size(x)) if splits else ():
+            read = self._read(part, splits, gates)
+            if read is None:
+                continue
+            logits, found, doubtful = read
+            _, exact = self._exact(part, splits)
+            rows = logits.isfinite().all(1)
+            if self._forward_suffices:
+                for mask in doubtful.values():
+                    rows &= ~mask
+            compared += int(rows.sum())
+            for split in splits:
+                difference = (found[split.name] - exact[split.name])[rows].abs()
+                differing[split.site] += float(difference.sum()) / found[split.name].shape[1]
+        if splits and first and not compared:
+            return  # this batch cannot tell; the next one may
         for split in splits:
-            differing = float((found[split.name] - exact[split.name]).abs().mean())
-            if differing > _COINCIDENCE and gates.pop(split.site, None) is not None:
-                _log.info(
-                    "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
-                    "computing it from now on",
-                    split.name,
-                    differing,
-                )
-        return exact
+            share = differing[split.site] / max(compared, 1)
+            if share > _COINCIDENCE:
+                _give_up(gates, split, share)
+        self._gates, self._unchecked = gates, 0
 
     def _walk(
         self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer, gates: Gates
-    ) -> tuple[Tensor, list[Site], bool]:
-        """Logits, gates in doubt, and whether the network made the calls that it made in the survey."""
+    ) -> tuple[Tensor, dict[Site, Tensor], bool]:
+        """Logits, images (B,) in doubt at each gate, and whether the network made the survey's calls."""
         tape = Tape(self.net, [split.site for split in splits])
-        doubtful: list[Site] = []
+        doubtful: dict[Site, Tensor] = {}
         if self.splitting:
-            budget = self._budget(x) // 2
-            logits, doubtful = walk_splits(tape, x, feature, plan, self.attack, observer, budget, gates)
+            self._room.bytes = self._budget(x) // 2
+            logits, doubtful = walk_splits(tape, x, feature, plan, self.attack, observer, self._room, gates)
+            self._room.lanes_now = 0
         else:
             logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), self.attack, observer)
         same_calls = tape.call_names == self._call_names
@@ -257,24 +303,26 @@ class SandI:
 
     # ------------------------------------------------------------------ the network
 
-    @contextmanager
-    def _ready(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], tuple[Split, ...], Split | None]]:
-        """The batch in parts that fit in memory, the split points and F, with parameters frozen, gradients enabled."""
+    def _on_batch(self, x: Tensor, work: Callable[[Tensor], T]) -> T:
+        """``work(x)`` once ``x`` is known to be images, cut to what fits in memory."""
         checks.require_images(x)
         checks.require_eval(self.net)
-        trainable = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        with torch.inference_mode(False), torch.enable_grad():
+        return self._room.fit(lambda: self._with_gradients(x, work), x)
+
+    def _with_gradients(self, x: Tensor, work: Callable[[Tensor], T]) -> T:
+        """``work(x)`` with the split points known, parameters frozen and gradients enabled."""
+        with _frozen(self.net), torch.inference_mode(False), torch.enable_grad():
             x = x.clone() if x.is_inference() else x.detach()
             try:
-                for parameter in trainable:
-                    parameter.requires_grad_(False)
-                if self._splits is None:
-                    self._find_splits(x[:2])
-                assert self._splits is not None
-                yield torch.split(x, self._part_size(x)), self._splits, self._feature
-            finally:
-                for parameter in trainable:
-                    parameter.requires_grad_(True)
+                if not self._splits:
+                    for part in self._room.parts(x[:2], 2):
+                        self._find_splits(part)
+                        break
+                return work(x)
+            except Exception as error:
+                if not isinstance(error, ReplayError) and not is_out_of_memory(error):
+                    checks.require_accepted(self.net, x)
+                raise
 
     def _part_size(self, x: Tensor) -> int:
         """How many images half the memory budget holds through a recorded pass; the other half is for replays."""
@@ -285,6 +333,7 @@ class SandI:
         return int(self.memory_fraction * free_memory(x.device))
 
     def _find_splits(self, x: Tensor) -> None:
+        checks.warn_of_range(x)
         found, recorded = survey(self.net, x)
         with torch.no_grad():
             plain = self.net(x)
@@ -292,14 +341,37 @@ class SandI:
         checks.require_same(plain, recorded)
         uses_feature = self.variant == "A" or (self.variant == "auto" and recorded.shape[1] > 100)
         splits = found.splits(self._wanted_splits, default="last_stage" if uses_feature else "all")
-        if uses_feature:
-            self._feature = found.feature(self._wanted_feature)
-            splits = found.before(self._feature, splits, self._wanted_splits)
+        feature = found.feature(self._wanted_feature) if uses_feature else None
+        if feature is not None:
+            splits = found.before(feature, splits, self._wanted_splits)
         elif self._shortcut_applies():
             self._find_gates(found, splits)
         self._call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
-        self._splits = splits
+        self._splits, self._feature = splits, feature
+
+
+@contextmanager
+def _frozen(net: nn.Module) -> Iterator[None]:
+    """The parameters require no gradients."""
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _give_up(gates: dict[Site, Gate], split: Split, share: float) -> None:
+    if gates.pop(split.site, None) is not None:
+        _log.info(
+            "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
+            "computing it from now on",
+            split.name,
+            share,
+        )
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

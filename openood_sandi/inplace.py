@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openood_sandi.errors import ReplayError
 
-__all__ = ["Overwritten", "out_of_place", "set_item"]
+__all__ = ["Overwritten", "name_out_of_place", "out_of_place", "set_item"]
 
 _IN_PLACE = re.compile(r"[a-z0-9]\w*[a-z0-9]_|[a-z0-9]_")
 _IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|div|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)__")
@@ -70,6 +70,14 @@ def out_of_place(
     if any(isinstance(arg, Tensor) and arg.dtype != target.dtype for arg in args[1:]):
         twin = _keeping_dtype(twin, target.dtype)
     return twin, args, kwargs, target
+
+
+@functools.cache
+def name_out_of_place(name: str) -> str:
+    """``name``, or the name of its out-of-place twin if it is that of an in-place function."""
+    if _IN_PLACE_OPERATOR.fullmatch(name):
+        return "__" + name[3:]
+    return name[:-1] if _IN_PLACE.fullmatch(name) and name not in _NOT_DATA else name
 
 
 def _keeping_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Lanes", "call", "find", "has_tensor", "join", "lanes_of", "map_tensors", "spread", "widen"]
+__all__ = ["Lanes", "call", "find", "join", "lanes_of", "map_tensors", "spread", "tensors_in", "widen"]
 
 
 class Lanes(NamedTuple):
@@ -46,18 +46,16 @@ def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) 
     return tree
 
 
-def has_tensor(tree: Any) -> bool:
-    """Whether a tensor is anywhere in the tuples, lists and dicts of ``tree``."""
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in the tuples, lists and dicts of ``tree``."""
     found: list[Tensor] = []
     map_tensors(tree, found.append)
-    return bool(found)
+    return found
 
 
 def find(tree: Any) -> list[Tensor]:
     """The lane tensors in ``tree``."""
-    found: list[Tensor] = []
-    map_tensors(tree, lambda t: found.append(t) if lanes_of(t) is not None else None)
-    return found
+    return [tensor for tensor in tensors_in(tree) if lanes_of(tensor) is not None]
 
 
 def _tag(tree: Any, ids: tuple[int, ...], clean: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from torch import Tensor
 from openood_sandi import lanes
 from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
+from openood_sandi.memory import Room
 from openood_sandi.objectives import Loss, Objective, Plan
-from openood_sandi.rectifiers import Certificate, Gate
-from openood_sandi.replay import Site, Tape, keep
+from openood_sandi.rectifiers import Certificate, Gate, Rectifier, blocked
+from openood_sandi.replay import Call, Site, Tap, Tape
 
 __all__ = ["Gates", "Observer", "walk_input", "walk_splits"]
 
@@ -49,37 +50,44 @@ class Gates:
     """Whether for g_1 alone, or for g_1 and g_2."""
     certificate: Certificate | None = None
     """For g_1 alone, in place of a gradient to compare with."""
+    calls: tuple[str, ...] = ()
+    """The names of the network's calls, which the gates' positions are counted in."""
     pattern: Receive = lambda site, mask: None
     """Called with masks, 1 where the gradient is not zero, in the order i = 1, 2."""
 
 
 def walk_splits(
-    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, budget: int,
+    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, room: Room,
     gates: Gates,
-) -> tuple[Tensor, list[Site]]:  # fmt: skip
+) -> tuple[Tensor, dict[Site, Tensor]]:  # fmt: skip
     """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W).
 
     i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the
-    suffixes of as many splits at a time as ``budget`` bytes hold (at least one); the arithmetic of a split is the same
+    suffixes of as many splits at a time as ``room`` holds (at least one); the arithmetic of a split is the same
     however they are grouped. At splits with a gate there is no replay, and the observer is given masks in place
     of gradients; their only backward pass is that for the direction of the step, whose zeros should be those
     of the mask.
 
     Returns:
-        The clean logits (B, classes), and the sites with a gate where they are not, on this batch.
+        The clean logits (B, classes), and at the sites with a gate where they are not, for which images (B,). Where
+        the network made other calls than the gates were found in (the tape tells), nothing but the logits holds.
     """
     takes_step = attack.steps > 1 or observer.motion is not None
+    without_gate = [site for site in tape.sites if site not in gates.at]
+    masks = _Masks(gates)
     clean: dict[Site, Tensor] = {}
-    with torch.set_grad_enabled(gates.steps > 1 or any(site not in gates.at for site in tape.sites)):
-        logits = tape.record(x, _leaves(clean) if torch.is_grad_enabled() else keep)
-    let_through: dict[Site, Tensor] = {}
-    for site, gate in gates.at.items():
-        mask = gate.clean(tape.calls)
-        gates.pattern(site, mask)
-        if gates.steps > 1:
-            let_through[site] = mask.flatten(1).sum(1)
-    if gates.at and gates.steps == 1 and gates.certificate is not None and not gates.certificate.holds(tape.calls):
-        return logits.detach(), list(gates.at)
+    differentiated = tape.sites if gates.steps > 1 else without_gate
+    at_once = masks.can_be_read_at_once and not (takes_step and without_gate)
+    with torch.set_grad_enabled(bool(differentiated)):
+        tap = _leaves(clean, differentiated)
+        logits = tape.watch(x, tap, masks.read) if at_once else tape.record(x, tap)
+    if not at_once:
+        for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):
+            masks.read(position, name, call.result, tape.calls)
+    if masks.lost:
+        return logits.detach(), {}
+    doubtful = dict.fromkeys(gates.at, masks.blocked) if masks.blocked is not None and masks.blocked.any() else {}
+    let_through = masks.let_through
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     for site in gates.at:
         if gates.steps > 1:
@@ -94,20 +102,20 @@ def walk_splits(
             z = clean[site].detach()
             gates.pattern(site, gates.at[site].perturbed(attack.advance(z, z, direction), tape.calls))
             # What is cut off has gradient zero for certain, so equal numbers are equal places.
-            let_through[site] = (let_through[site] != direction.flatten(1).count_nonzero(1)).any()
+            let_through[site] = let_through[site] != direction.flatten(1).count_nonzero(1)
         else:
             directions[site] = direction.to(torch.int8)
 
     on_ascent = keep_direction if takes_step else None
     alive = _differentiate(objectives, logits, clean, feature, observer.gradient, on_ascent)
     logits = logits.detach()
-    differs = torch.stack(list(let_through.values())).tolist() if let_through else []
-    doubtful = [site for site, differ in zip(let_through, differs, strict=True) if differ]
+    differs = torch.stack(list(let_through.values())).any(1).tolist() if let_through else []
+    doubtful |= {site: let_through[site] for site, differ in zip(let_through, differs, strict=True) if differ}
     clean = {site: z.detach() for site, z in clean.items() if site not in gates.at}
     if not takes_step or not clean:
         return logits, doubtful
     tape.release_graph()
-    for chunk in _chunks(tape, list(clean), budget):
+    for chunk in _chunks(tape, list(clean), room):
         z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
         _report_motion(observer, z, clean)
         for i in range(2, attack.steps + 1):
@@ -176,7 +184,7 @@ def walk_input(
     for i in range(1, attack.steps + (1 if observer.motion is None else 2)):
         attacked.requires_grad_(True)
         z: dict[Site, Tensor] = {}
-        logits = tape.record(attacked, _leaves(z))
+        logits = tape.record(attacked, _leaves(z, tape.sites))
         now = {site: value.detach() for site, value in z.items()}
         if before:
             _report_motion(observer, now, before)
@@ -193,13 +201,53 @@ def walk_input(
     return clean_logits
 
 
-def _leaves(store: dict[Site, Tensor]) -> Callable[[Site, Tensor], Tensor]:
-    """A tap that puts each site's activation into ``store``, as a tensor to differentiate with respect to.
+class _Masks:
+    """Reads the pattern of g_1 off the rectifiers of a recorded pass."""
+
+    def __init__(self, gates: Gates) -> None:
+        self._gates = gates
+        rectifiers = gates.certificate.rectifiers if gates.certificate is not None and gates.steps == 1 else ()
+        self._sites: dict[Rectifier, list[Site]] = {rectifier: [] for rectifier in rectifiers if gates.at}
+        for site, gate in gates.at.items():
+            self._sites.setdefault(gate.rectifier, []).append(site)
+        self._at = {rectifier.position: rectifier for rectifier in self._sites}
+        without_pool = all(rectifier.pool is None for rectifier in self._sites)
+        self.can_be_read_at_once = bool(gates.at) and gates.steps == 1 and without_pool
+        """Whether the recording needs to keep nothing for it."""
+        self.let_through: dict[Site, Tensor] = {}
+        """How many positions of each image (B,), where g_2 is to be read off as well."""
+        self.blocked: Tensor | None = None
+        """Images (B,) for which there is no certificate; None where it is not asked for."""
+        self.lost = False
+        """Whether the network makes other calls than those that gates were found in."""
+
+    def read(self, position: int, name: str, result: Any, calls: Sequence[Call] = ()) -> None:
+        """Takes in the result of a call; ``calls`` are those kept so far."""
+        names = self._gates.calls
+        self.lost = self.lost or (bool(self._at) and names[position : position + 1] != (name,))
+        rectifier = self._at.get(position)
+        if rectifier is None or self.lost:
+            return
+        mask = rectifier.mask(result.detach(), calls)
+        for site in self._sites[rectifier]:
+            self._gates.pattern(site, mask)
+            if self._gates.steps > 1:
+                self.let_through[site] = mask.flatten(1).sum(1)
+        if self._gates.steps == 1:
+            here = blocked(mask)
+            self.blocked = here if self.blocked is None else self.blocked | here
+
+
+def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
+    """A tap that puts the activation of each of ``sites`` into ``store``, as a tensor to differentiate with respect to.
 
     Always a new tensor object: what else the network does with the old one happened before the split.
     """
+    wanted = frozenset(sites)
 
     def tap(site: Site, tensor: Tensor) -> Tensor:
+        if site not in wanted:
+            return tensor
         if not tensor.is_floating_point():
             raise ReplayError(f"split point {site.name!r} holds {tensor.dtype}, which has no gradient")
         store[site] = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_(True)
@@ -281,16 +329,18 @@ def _report_motion(observer: Observer, after: dict[Site, Tensor], before: dict[S
             observer.motion(site, z - before[site])
 
 
-def _chunks(tape: Tape, sites: Iterable[Site], budget: int) -> Iterator[list[Site]]:
-    """Consecutive sites whose suffixes fit ``budget`` bytes together, one at least."""
+def _chunks(tape: Tape, sites: Iterable[Site], room: Room) -> Iterator[list[Site]]:
+    """Consecutive sites whose suffixes fit into the ``room`` together, one at least; it is told how many."""
     chunk: list[Site] = []
     total = 0
     for site in sites:
         cost = 2 * tape.suffix_bytes(site)  # activations kept for the backward pass, and their gradients
-        if chunk and total + cost > budget:
+        if chunk and (total + cost > room.bytes or len(chunk) >= room.lanes):
+            room.lanes_now = len(chunk)
             yield chunk
             chunk, total = [], 0
         chunk.append(site)
         total += cost
     if chunk:
+        room.lanes_now = len(chunk)
         yield chunk

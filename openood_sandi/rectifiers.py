@@ -17,53 +17,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openood_sandi.lanes import has_tensor
+from openood_sandi.lanes import tensors_in
 from openood_sandi.replay import Call, Site
 
-__all__ = ["Certificate", "Gate", "find_certificate", "find_gates"]
+__all__ = ["Certificate", "Gate", "Rectifier", "blocked", "find_certificate", "find_gates"]
+
+
+@dataclass(frozen=True)
+class Rectifier:
+    """A call that lets some of its input through, unchanged, and cuts the rest off."""
+
+    position: int
+    """Its position on the tape."""
+    bounds: tuple[float, float]
+    """What is let through lies strictly between these."""
+    pool: int | None
+    """The position of the max-pool that alone uses its result, if one does."""
+
+    def mask(self, entering: Tensor, calls: Sequence[Call]) -> Tensor:
+        """1 where ``entering`` has a gradient behind the rectifier, and a max-pool behind it, and 0 where not.
+
+        The rectifier's result, which is cut off alike, may stand for what enters it.
+        """
+        if self.pool is not None:
+            with torch.enable_grad():
+                entering = entering.detach().requires_grad_(True)
+                rectified = calls[self.position].rerun({calls[self.position].producers[0]: entering})
+                total = calls[self.pool].rerun({self.position: rectified}).sum()
+            return torch.autograd.grad(total, entering)[0] != 0
+        # on CPUs, numbers are several times faster to make and to add up than a boolean mask
+        quick = entering.device.type == "cpu" and entering.dtype in (torch.float32, torch.float64)
+        mask = torch.gt(entering, self.bounds[0], out=torch.empty_like(entering) if quick else None)
+        return mask if math.isinf(self.bounds[1]) else mask * (entering < self.bounds[1])
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The rectifier behind a split; the positions are those of calls on the tape."""
+    """The rectifier behind a split, and the way there in positions on the tape."""
 
     split: int
     """The call whose result the split is."""
     way: tuple[int, ...]
     """The calls from there to the rectifier, each of which acts on every position by itself and is monotonic."""
-    rectifier: int
-    pool: int | None
-    """The max-pool that alone uses the rectifier's result, if one does."""
-
-    def clean(self, calls: Sequence[Call]) -> Tensor:
-        """1 where the recorded pass is let through, and 0 where not, of the split's shape."""
-        return self._mask(calls[self.way[-1] if self.way else self.split].result.detach(), calls)
+    rectifier: Rectifier
 
     def perturbed(self, z: Tensor, calls: Sequence[Call]) -> Tensor:
-        """The same with the split's tensor at ``z`` and all else as recorded."""
+        """The rectifier's mask with the split's tensor at ``z`` and all else as recorded."""
         previous = self.split
         for position in self.way:
             values = {producer: calls[producer].result.detach() for producer in calls[position].producers}
             z = calls[position].rerun({**values, previous: z})
             previous = position
-        return self._mask(z, calls)
-
-    def _mask(self, entering: Tensor, calls: Sequence[Call]) -> Tensor:
-        rectifier = calls[self.rectifier]
-        if self.pool is not None:
-            with torch.enable_grad():
-                entering = entering.detach().requires_grad_(True)
-                rectified = rectifier.rerun({rectifier.producers[0]: entering})
-                total = calls[self.pool].rerun({self.rectifier: rectified}).sum()
-            return torch.autograd.grad(total, entering)[0] != 0
-        bounds = _bounds(rectifier)
-        assert bounds is not None
-        if entering.device.type == "cpu" and entering.dtype in (torch.float32, torch.float64):
-            # several times faster to make and to add up than a boolean mask
-            mask = torch.gt(entering, bounds[0], out=torch.empty_like(entering))
-        else:
-            mask = entering > bounds[0]
-        return mask if math.isinf(bounds[1]) else mask * (entering < bounds[1])
+        return self.rectifier.mask(z, calls)
 
 
 @dataclass(frozen=True)
@@ -76,27 +81,28 @@ class Certificate:
     same for all images, and seen on the first batch.)
     """
 
-    rectifiers: tuple[Gate, ...]
-    """Every rectifier of the network, as the gate of what enters it."""
+    rectifiers: tuple[Rectifier, ...]
+    """Every rectifier of the network."""
 
-    def holds(self, calls: Sequence[Call]) -> bool:
-        """Whether at every rectifier every position of every image lets some channel through."""
-        least = [gate.clean(calls).amax(1).amin() for gate in self.rectifiers]
-        return bool(torch.stack(least).amin() > 0) if least else True
+
+def blocked(mask: Tensor) -> Tensor:
+    """From a rectifier's mask (B, K, ...): which images it lets through in no channel at some position, (B,)."""
+    return mask.amax(1).reshape(len(mask), -1).amin(1) == 0
 
 
 def find_certificate(calls: Sequence[Call]) -> Certificate | None:
     """The network's certificate, from a recorded pass; None if it contains anything else than named there."""
     consumers = _consumers(calls)
-    rectifiers: list[Gate] = []
+    rectifiers: list[Rectifier] = []
     for position, call in enumerate(calls):
-        if not call.producers or not has_tensor(call.result):
+        if not call.producers or not tensors_in(call.result):
             continue
         before = calls[call.producers[0]] if call.producers[0] >= 0 else None
-        if _bounds(call) is not None:
+        rectifier = _rectifier(calls, consumers, position)
+        if rectifier is not None:
             if before is None:
                 return None
-            rectifiers.append(Gate(call.producers[0], (), position, _max_pool_behind(calls, consumers, position)))
+            rectifiers.append(rectifier)
         elif call.name == "max_pool2d":
             # behind anything but a rectifier it drops positions that no mask tells of
             alone = _max_pool_behind(calls, consumers, call.producers[0]) == position
@@ -129,17 +135,23 @@ def find_gates(calls: Sequence[Call], held: Mapping[Site, int]) -> dict[Site, Ga
         while len(consumers[here]) == 1 and _is_position_by_position(calls, consumers[here][0], here):
             here = consumers[here][0]
             way.append(here)
-        if len(consumers[here]) == 1 and _bounds(calls[consumers[here][0]]) is not None:
-            rectifier = consumers[here][0]
-            gates[site] = Gate(split, tuple(way), rectifier, _max_pool_behind(calls, consumers, rectifier))
+        rectifier = _rectifier(calls, consumers, consumers[here][0]) if len(consumers[here]) == 1 else None
+        if rectifier is not None:
+            gates[site] = Gate(split, tuple(way), rectifier)
     return gates
+
+
+def _rectifier(calls: Sequence[Call], consumers: Mapping[int, list[int]], position: int) -> Rectifier | None:
+    """The call at ``position`` as a rectifier, if it is one."""
+    bounds = _bounds(calls[position])
+    return None if bounds is None else Rectifier(position, bounds, _max_pool_behind(calls, consumers, position))
 
 
 def _consumers(calls: Sequence[Call]) -> dict[int, list[int]]:
     """For each call, the positions of those that compute something from its result."""
     consumers: dict[int, list[int]] = defaultdict(list)
     for position, call in enumerate(calls):
-        if has_tensor(call.result):
+        if tensors_in(call.result):
             for producer in call.producers:
                 consumers[producer].append(position)
     return consumers

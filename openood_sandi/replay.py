@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from openood_sandi import inplace, lanes
 from openood_sandi.errors import ReplayError
+from openood_sandi.memory import is_out_of_memory
 
-__all__ = ["Call", "Produced", "Site", "Tape", "keep"]
+__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class Call:
 
     def size(self) -> int:
         """Bytes of its result."""
-        tensors: list[Tensor] = []
-        lanes.map_tensors(self.result, tensors.append)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in lanes.tensors_in(self.result))
 
 
 Tap = Callable[[Site, Tensor], Tensor]
 """Called with each site and its tensor as the pass gets there; what it returns flows on instead."""
+
+Listener = Callable[[int, str, Any], None]
+"""Called with the position, the name and the result of each call as it is made."""
 
 
 def keep(site: Site, tensor: Tensor) -> Tensor:
@@ -100,6 +102,9 @@ class Tape(TorchFunctionMode):
         self._at_call = {site.index: site for site in self.sites if site.module is None}
         self._hooked = {name: modules[name] for name, _ in self._at_module}
         self._tap: Tap = keep
+        self._listen: Listener | None = None
+        self._changed = False
+        self._names: list[str] = []
         self._sizes: list[int] = []
         self._recording = False
         self._position = 0
@@ -120,6 +125,17 @@ class Tape(TorchFunctionMode):
             self._origin.clear()
             self._overwritten = inplace.Overwritten()
 
+    def watch(self, x: Tensor, tap: Tap, listen: Listener) -> Tensor:
+        """Runs the network on ``x`` as it is, shows every result to ``listen`` and keeps none: there is no replay.
+
+        Calls in place are left to happen, except to what has a gradient from ``tap``.
+        """
+        self._listen = listen
+        try:
+            return self._run(x.clone(), tap)
+        finally:
+            self._listen, self._changed = None, False
+
     def release_graph(self) -> None:
         """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
         detached: dict[int, tuple[Tensor, Tensor]] = {}  # one object stays one object: in-place aliasing relies on it
@@ -137,8 +153,8 @@ class Tape(TorchFunctionMode):
 
     @property
     def call_names(self) -> tuple[str, ...]:
-        """The recorded calls by name: equal for two passes that took the same way through the network."""
-        return tuple(call.name for call in self.calls)
+        """The calls of the last pass by name: equal for two passes that took the same way through the network."""
+        return tuple(self._names)
 
     def suffix_bytes(self, site: Site) -> int:
         """Size of all results that lie behind ``site``: what one more lane of it adds to a replay's forward pass."""
@@ -148,7 +164,7 @@ class Tape(TorchFunctionMode):
 
     def _run(self, x: Tensor, tap: Tap) -> Tensor:
         self._tap = tap
-        self._position = 0
+        self._names, self._position = [], 0
         visits: Counter[str] = Counter()
 
         def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -182,11 +198,11 @@ class Tape(TorchFunctionMode):
                 f"name a submodule of it that returns one tensor"
             )
         tensor = self.current(output)
-        if not self._recording:
-            return self._tap(site, tensor)
-        self.reached[site] = self._position
         tapped = self._tap(site, tensor)
-        self._origin[id(tapped)] = (tapped, self._origin.get(id(tensor), (tensor, -1))[1])
+        self._changed = self._changed or tapped is not tensor
+        if self._recording:
+            self.reached[site] = self._position
+            self._origin[id(tapped)] = (tapped, self._origin.get(id(tensor), (tensor, -1))[1])
         return tapped
 
     def current(self, tensor: Tensor) -> Tensor:
@@ -204,16 +220,22 @@ class Tape(TorchFunctionMode):
         if self._replaced:
             args = lanes.map_tensors(args, self.current)
             kwargs = lanes.map_tensors(kwargs, self.current)
+        self._names.append(inplace.name_out_of_place(_name(func)))
         tensors: list[Tensor] = []
         target = None
-        if self._recording:
-            lanes.map_tensors((args, kwargs), tensors.append)
+        if self._listen is not None:
+            derived = self._changed and any(tensor.requires_grad for tensor in lanes.tensors_in((args, kwargs)))
+        elif self._recording:
+            tensors = lanes.tensors_in((args, kwargs))
             derived = any(id(tensor) in self._origin for tensor in tensors)
         else:
             derived = self._position >= len(self.calls) or bool(self.calls[self._position].producers)
         if derived:
             func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
-        if self._recording:
+        if self._listen is not None:
+            result = func(*args, **kwargs)
+            self._listen(self._position, self._names[-1], result)
+        elif self._recording:
             result = self._record_call(func, args, kwargs, tensors)
         else:
             result = self._replay_call(func, args, kwargs)
@@ -256,7 +278,7 @@ class Tape(TorchFunctionMode):
         perturbed = lanes.find((args, kwargs))
         if not perturbed:
             return recorded.result
-        if lanes.has_tensor(recorded.result):
+        if lanes.tensors_in(recorded.result):
             if func is inplace.set_item:
                 args = (lanes.spread(args[0], perturbed), *args[1:])
             return self._call_lanes(func, args, kwargs, recorded.result)
@@ -267,9 +289,9 @@ class Tape(TorchFunctionMode):
     def _call_lanes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
         try:
             return lanes.call(func, args, kwargs, clean)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ReplayError(
                 f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
                 f"at once ({error}); choose split points behind it"
