@@ -54,7 +54,7 @@ OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sa
     "tqdm",
 ]
 
-BENCH = ["matplotlib", "pandas", "scikit-learn", "tqdm"]
+BENCH = ["matplotlib", "pandas", "pytorch-ood", "scikit-learn", "torchvision", "tqdm"]
 
 setup(
     name="openood-sandi",
@@ -71,13 +71,15 @@ setup(
     extras_require={
         "openood": OPENOOD,
         "bench": BENCH,
-        "test": [*BENCH, "build", "hypothesis", "pytest", "pyyaml>=5.4.1", "setuptools>=77", "torchvision"],
+        "test": [*BENCH, "build", "hypothesis", "pytest", "pyyaml>=5.4.1", "safetensors", "setuptools>=77"],
         "dev": ["mypy", "ruff"],
     },
     entry_points={
         "openood.postprocessors": [
             "sandi = openood_sandi.postprocessor:SandIPostprocessor",
             "gaia = openood_sandi.postprocessor:GAIAPostprocessor",
+            "gsc = openood_sandi.postprocessor:GSCPostprocessor",
+            "prototype_fusion = openood_sandi.postprocessor:PrototypeFusionPostprocessor",
         ]
     },
     classifiers=[

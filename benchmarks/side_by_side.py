@@ -3,87 +3,203 @@
     python benchmarks/side_by_side.py
 
 trains a small network on scikit-learn's handwritten digits (a few seconds, then cached), scores digits,
-letters, photographs and noise with every method and prints a table. Nothing is downloaded. With ``--out DIR``
-the table is also written as CSV, Markdown and JSON, anew after each method, so that an interrupted run keeps
-what is finished.
+letters, photographs and noise with every method and prints a table; nothing is downloaded. ``--data`` names other
+data. With ``--out DIR`` the tables are also written as CSV, Markdown and JSON, with pictures, the S&I paper's tables
+and what OpenOOD's leaderboard asks for.
+
+Scores and costs are kept in ``--cache`` as they come: an interrupted run goes on where it was, and a finished one is
+only reported again.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
-from comparison import arguments, digits, report
+from comparison import arguments, heat_maps, leaderboard, methods, paper_tables, pictures, report, sources
+from comparison.decoding import Decoder
 from comparison.environment import environment
-from comparison.evaluation import Outcome, evaluate
-from comparison.methods import METHODS
-from comparison.suite import Suite
-from comparison.training import default_cache
+from comparison.evaluation import Evaluation, Failure, Outcome
+from comparison.methods import Method
+from comparison.progress import progress
+from comparison.table import Run, results
+from networks.errors import SourceError
 
-SOURCES: dict[str, Callable[[int, Path], Suite]] = {"digits": digits.load}
-"""Names of ``--data``: functions of the seed and the cache folder."""
+from openood_sandi import distributed
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     summary, _, _ = (__doc__ or "").partition("\n")
     options = argparse.ArgumentParser(description=summary)
-    options.add_argument("--data", choices=sorted(SOURCES), default="digits", help="default: %(default)s")
+    sources.add_arguments(options)
     options.add_argument(
         "--methods",
         nargs="+",
-        choices=list(METHODS),
-        default=list(METHODS),
+        default=["default"],
         metavar="METHOD",
-        help=f"one or more of {', '.join(METHODS)}; default: all",
+        help="names, 'default' or 'all'; a wrong name lists them; default: default",
     )
-    options.add_argument("--limit", type=arguments.positive, help="use only the first LIMIT images of every set")
+    options.add_argument("--limit", type=arguments.positive, help="use only LIMIT images of every set")
     options.add_argument("--batch-size", type=arguments.positive, default=200, help="default: %(default)s")
+    options.add_argument(
+        "--workers", type=int, default=2, help="processes that decode images; 0: none; default: %(default)s"
+    )
     options.add_argument(
         "--device",
         type=arguments.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=distributed.own_device(),
         help="where to score (training is on the CPU); default here: %(default)s",
     )
-    options.add_argument("--seed", type=int, default=0, help="of the network's training; default: %(default)s")
     options.add_argument(
-        "--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s"
+        "--cost", action=argparse.BooleanOptionalAction, default=True, help="whether to measure it; default: yes"
     )
-    options.add_argument("--out", type=Path, metavar="DIR", help="write results.csv, .md and .json there")
+    options.add_argument(
+        "--pictures", action=argparse.BooleanOptionalAction, default=True, help="whether to draw them; default: yes"
+    )
+    options.add_argument("--out", type=Path, metavar="DIR", help="write tables and pictures there")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison and return the exit status: 0, or 130 after Ctrl-C.
+    """Run the comparison and return the exit status: 0, 1 if a method failed, 130 after Ctrl-C.
 
-    Whatever ends the run, the methods finished by then are printed.
+    Whatever ends the run, the methods finished by then are reported.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    run = {
+    if options.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions are not, and no two batch sizes agree
+    about = {
         "command": shlex.join(["python", "benchmarks/side_by_side.py", *arguments]),
-        "seed": options.seed,
+        "protocol": options.protocol,
+        "seeds": options.seeds,
         "batch_size": options.batch_size,
+        "limit": options.limit,
         **environment(options.device),
     }
-    outcomes: list[Outcome] = []
+    comparison = _Comparison(options)
+    status = 0
     try:
-        suite = SOURCES[options.data](options.seed, options.cache).first(options.limit)
-        for method in options.methods:
-            outcomes.append(evaluate(method, suite, options.device, options.batch_size))
-            if options.out:
-                report.write(options.out, report.table(outcomes, suite), suite, run)
+        comparison.score()
+        comparison.measure()
+    except SourceError as error:
+        parser().error(str(error))
     except KeyboardInterrupt:
-        print(f"Interrupted: {len(outcomes)} of {len(options.methods)} methods finished.", file=sys.stderr)
-        return 130
-    finally:
-        if outcomes:
-            print(report.screen(report.table(outcomes, suite)), report.LEGEND, sep="\n\n")
-    return 0
+        print("Interrupted; what is finished is kept and reported.", file=sys.stderr)
+        status = 130
+    if distributed.is_main_process():
+        comparison.report(about)
+    return status or int(comparison.failed)
+
+
+class _Comparison:
+    """Every method on the networks of all seeds."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._decoder = Decoder(options.batch_size, options.workers)
+        self._evaluations: list[Evaluation] = []
+        self._outcomes: list[dict[str, Outcome]] = []
+        self._failures: dict[str, Failure] = {}
+        self.failed = False
+
+    def score(self) -> None:
+        """Score all sets, method by method; one that fails is noted, and the others go on."""
+        options = self._options
+        for seed in options.seeds:
+            suite = self._decoder.suite(sources.load(options, seed).limited(options.limit))
+            chosen, reasons = _chosen(options.methods, *methods.available(suite))
+            self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
+            self.failed |= any(name in options.methods for name in reasons)
+            evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            self._evaluations.append(evaluation)
+            self._outcomes.append({})
+            for method in progress(chosen, f"{suite.name}, seed {seed}", "method"):
+                try:
+                    self._outcomes[-1][method.name] = Outcome(method, evaluation.scores(method))
+                except Exception as error:
+                    self._fail(method, error)
+
+    def measure(self) -> None:
+        """Measure what each method costs, with the first network; the cost of one that fails is left out."""
+        if not self._options.cost or not distributed.is_main_process():
+            return
+        outcomes = self._outcomes[0]
+        for name, outcome in progress(list(outcomes.items()), "cost", "method"):
+            try:
+                expense = self._evaluations[0].expense(outcome.method)
+            except Exception as error:
+                self._fail(outcome.method, error)
+            else:
+                outcomes[name] = Outcome(outcome.method, outcome.scored, expense)
+
+    def report(self, about: dict[str, object]) -> None:
+        """Print the methods that have been scored with every network, and write and draw them with ``--out``."""
+        failures = list(self._failures.values())
+        runs: list[Run] = []
+        for count in range(len(self._outcomes), 0, -1):  # after an interruption the last network may have nothing
+            outcomes = self._outcomes[:count]
+            done = [name for name in outcomes[0] if all(name in others for others in outcomes)]
+            if done:
+                seeds, evaluations = self._options.seeds[:count], self._evaluations[:count]
+                runs = [
+                    Run(seed, evaluation.suite, {name: found[name] for name in done})
+                    for seed, evaluation, found in zip(seeds, evaluations, outcomes, strict=True)
+                ]
+                break
+        else:
+            print(*(f"No row for {failure.method}: {failure.reason}" for failure in failures), sep="\n")
+            print("No method is finished: there is no table.")
+            return
+        first, frame = runs[0], results(runs)
+        print(f"\n{first.suite.name}: {first.suite.network_description}")
+        print(*report.remarks(first.suite, failures), sep="\n")
+        print(report.screen(frame, first.suite), report.legend(len(runs)), sep="\n\n")
+        folder = self._options.out
+        if folder:
+            drawn = self._draw(folder, frame, first) if self._options.pictures else []
+            extra = [*paper_tables.sections(frame, first), *drawn]
+            report.write(folder, frame, runs, failures, about, extra)
+            leaderboard.write(folder / "leaderboard", frame, runs, about)
+            print(f"\nWritten to {folder}.")
+
+    def _draw(self, folder: Path, frame: pd.DataFrame, run: Run) -> list[str]:
+        """The pictures, and Markdown that shows them."""
+        paths = pictures.draw(folder, frame, run)
+        try:
+            paths.append(heat_maps.draw(folder / "heat_maps.png", run.suite, self._options.device))
+        except Exception as error:
+            print(f"No heat maps: {type(error).__name__}: {error}", file=sys.stderr)
+        return ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in paths)]
+
+    def _fail(self, method: Method, error: Exception) -> None:
+        self.failed = True
+        text = f"{type(error).__name__}: {error}"
+        self._failures[method.name] = Failure(method.name, text)
+        print(f"{method.name} failed: {text}", file=sys.stderr)
+
+
+def _chosen(
+    wanted: Sequence[str], runnable: dict[str, Method], reasons: dict[str, str]
+) -> tuple[list[Method], dict[str, str]]:
+    """The methods that the command line names, in the registry's order, and those of them that cannot run, and why."""
+    known = [*runnable, *reasons]
+    names: set[str] = set()
+    for name in wanted:
+        if name not in ("default", "all", *known):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
+        names |= set(methods.DEFAULT if name == "default" else known if name == "all" else [name])
+    chosen = [method for name, method in runnable.items() if name in names]
+    return chosen, {name: reason for name, reason in reasons.items() if name in names}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from openood_sandi import protocol, registry
 
 #: Last parts of the configuration keys whose values are paths.
-_PATH_KEYS = ("checkpoint", "data_dir", "imglist_pth", "output_dir")
+_PATH_KEYS = ("cache_dir", "checkpoint", "data_dir", "imglist_pth", "output_dir")
 
 
 def setup_config(own: Callable[[], Any]) -> Any:

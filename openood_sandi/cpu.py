@@ -27,7 +27,7 @@ def stay_on_cpu_without_gpu() -> None:
 
     @functools.wraps(load)
     def load_to_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if map_location is None and _called_by_openood():
+        if map_location is None and called_by_openood():
             map_location = "cpu"
         return load(f, map_location, *args, **kwargs)
 
@@ -39,12 +39,13 @@ def _keep_in_place(owner: Any) -> None:
 
     @functools.wraps(move)
     def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self if _called_by_openood() else move(self, *args, **kwargs)
+        return self if called_by_openood() else move(self, *args, **kwargs)
 
     owner.cuda = cuda
 
 
-def _called_by_openood() -> bool:
+def called_by_openood() -> bool:
+    """Whether the caller of the function that asks is in a file of OpenOOD's."""
     return _is_openood(sys._getframe(2).f_globals.get("__file__") or "")
 
 

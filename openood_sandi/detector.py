@@ -116,7 +116,8 @@ class SandI:
         self._forward_suffices = False
         self._gates: dict[Site, Gate] | None = None
         self._call_names: tuple[str, ...] = ()
-        self._unchecked = 0
+        self._unchecked = -1
+        self._mostly_blocked = False
         self._bytes_per_pixel = 0.0
         self._room = Room()
 
@@ -196,9 +197,26 @@ class SandI:
         return logits, average.densities()
 
     def _score_z(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and densities of Z; images of which a rectifier does not tell are computed."""
-        gates = self._gates or {}
-        read = self._read(x, self._splits, gates)
+        """Logits and densities of Z: from a forward pass alone for the images that have a certificate."""
+        if not (self._gates and self._forward_suffices) or self._mostly_blocked:
+            return self._score_with_gradients(x)
+        read = self._read(x, self._splits, self._gates, steps=1)
+        if read is None:
+            return self._score_with_gradients(x)
+        logits, found, doubtful = read
+        if doubtful:
+            blocked = next(iter(doubtful.values()))
+            self._mostly_blocked = 2 * int(blocked.sum()) > len(x)
+            rows = (blocked & logits.isfinite().all(1)).nonzero()[:, 0]
+            if len(rows):
+                _, computed = self._score_with_gradients(x[rows])
+                for name, density in computed.items():
+                    found[name][rows] = density
+        return logits, found
+
+    def _score_with_gradients(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with gradients: for two steps with that of the step alone, where its zeros are those of the gate."""
+        read = self._read(x, self._splits, self._gates, steps=2) if self._gates and self.attack.steps == 2 else None
         if read is None:
             return self._exact(x, self._splits)
         logits, found, doubtful = read
@@ -210,26 +228,26 @@ class SandI:
                 for split in splits:
                     share = float((found[split.name][rows] - exact[split.name]).abs().sum()) / found[split.name].numel()
                     found[split.name][rows] = exact[split.name]
-                    if share > _COINCIDENCE and not self._forward_suffices:
-                        _give_up(gates, split, share)
+                    if share > _COINCIDENCE and self._gates:
+                        _give_up(self._gates, split, share)
         return logits, found
 
     def _exact(self, x: Tensor, splits: Sequence[Split]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and densities of Z, every gradient computed."""
-        read = self._read(x, splits, {})
+        read = self._read(x, splits, {}, self.attack.steps)
         assert read is not None
         return read[:2]
 
     def _read(
-        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate]
+        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate], steps: int
     ) -> tuple[Tensor, dict[str, Tensor], dict[Site, Tensor]] | None:
         """Logits, densities of Z with the patterns at ``gates`` read off, and images (B,) where these do not tell.
 
+        With ``steps`` = 1 the gates tell g_1, and all of the union; with 2, g_1 and g_2.
         None if the network made other calls than in the survey: gates are places on the survey's tape.
         """
         density = NonZeroDensity(splits, self.attack.steps, self.combine)
         at = {split.site: gates[split.site] for split in splits if split.site in gates}
-        steps = 1 if self._forward_suffices else self.attack.steps
         given = Gates(at, steps, self._certificate, self._call_names, density.pattern)
         plan = logits_plan(splits, self.attribution, self.ascent)
         logits, doubtful, same_calls = self._walk(x, splits, None, plan, density, given)
@@ -252,15 +270,15 @@ class SandI:
 
     def _check_gates(self, x: Tensor) -> None:
         """Compares the patterns that gates tell with those of gradients: on the first batch, and now and then."""
-        first = self._gates is None
-        if not first and self._unchecked < _CHECK_EVERY:
+        if 0 <= self._unchecked < _CHECK_EVERY:
             return
+        first = self._gates is None
         gates = dict(self._candidate_gates if self._gates is None else self._gates)
         splits = [split for split in self._splits if split.site in gates]
         few = (_FIRST_CHECK if self.attack.steps > 1 else len(x)) if first else _LATER_CHECK
         differing, compared = dict.fromkeys(gates, 0.0), 0
         for part in self._room.parts(x[:few], self._part_size(x)) if splits else ():
-            read = self._read(part, splits, gates)
+            read = self._read(part, splits, gates, 1 if self._forward_suffices else 2)
             if read is None:
                 continue
             logits, found, doubtful = read
@@ -273,13 +291,14 @@ class SandI:
             for split in splits:
                 difference = (found[split.name] - exact[split.name])[rows].abs()
                 differing[split.site] += float(difference.sum()) / found[split.name].shape[1]
+        self._unchecked, self._mostly_blocked = 0, False
         if splits and first and not compared:
-            return  # this batch cannot tell; the next one may
+            return  # these images cannot tell; later ones may
         for split in splits:
             share = differing[split.site] / max(compared, 1)
             if share > _COINCIDENCE:
                 _give_up(gates, split, share)
-        self._gates, self._unchecked = gates, 0
+        self._gates = gates
 
     def _walk(
         self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer, gates: Gates

@@ -1,11 +1,12 @@
 """OpenOOD's seams: where names of postprocessors, yml files and the command line reach the entry points.
 
-OpenOOD has no plugin loader. Three of its modules are changed in memory as soon as they are executed, before
+OpenOOD has no plugin loader. Four of its modules are changed in memory as soon as they are executed, before
 any other module can import their functions by name; OpenOOD's files stay as they are:
 
 ========================================  ==============================================================
 ``openood.postprocessors.utils``          ``get_postprocessor`` of ``main.py`` knows the entry points
 ``openood.evaluation_api.postprocessor``  ``get_postprocessor`` of the ``Evaluator`` knows them too
+``openood.evaluation_api.evaluator``      under ``torchrun`` only: ranks share the ``Evaluator``'s work
 ``openood.utils.config``                  yml files that packages ship; ``--postprocessor NAME``
 ========================================  ==============================================================
 """
@@ -89,6 +90,11 @@ def _main_registry(module: ModuleType) -> None:
 
     _replace(own, get_postprocessor)
     cpu.stay_on_cpu_without_gpu()
+    if _under_torchrun():
+        from openood_sandi import distributed, torchrun
+
+        distributed.take_own_gpu()
+        torchrun.share_inference(module.BasePostprocessor)
 
 
 def _evaluator_registry(module: ModuleType) -> None:
@@ -110,6 +116,13 @@ def _evaluator_registry(module: ModuleType) -> None:
     _replace(own, get_postprocessor)
 
 
+def _evaluator(module: ModuleType) -> None:
+    if _under_torchrun():
+        from openood_sandi import torchrun
+
+        torchrun.share_evaluation(module)
+
+
 def _config(module: ModuleType) -> None:
     own_init: Callable[..., None] = module.Config.__init__
     own_setup: Callable[..., Any] = module.setup_config
@@ -120,10 +133,21 @@ def _config(module: ModuleType) -> None:
 
     @functools.wraps(own_setup)
     def setup_config(*args: Any, **kwargs: Any) -> Any:
-        return command_line.setup_config(functools.partial(own_setup, *args, **kwargs))
+        config = command_line.setup_config(functools.partial(own_setup, *args, **kwargs))
+        if _under_torchrun():
+            from openood_sandi import torchrun
+
+            torchrun.run_main(config)
+        return config
 
     module.Config.__init__ = __init__
     _replace(own_setup, setup_config)
+
+
+def _under_torchrun() -> bool:
+    from openood_sandi import distributed
+
+    return distributed.launched()
 
 
 def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
@@ -137,5 +161,6 @@ def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
 SEAMS: dict[str, Callable[[ModuleType], None]] = {
     "openood.postprocessors.utils": _main_registry,
     "openood.evaluation_api.postprocessor": _evaluator_registry,
+    "openood.evaluation_api.evaluator": _evaluator,
     "openood.utils.config": _config,
 }

@@ -1,7 +1,7 @@
-"""S&I and GAIA as postprocessors of OpenOOD.
+"""This package's detectors as postprocessors of OpenOOD.
 
-OpenOOD builds one from its configuration and calls :meth:`SandIPostprocessor.inference` on every data set;
-conf = -tau, as OpenOOD takes a large confidence for in-distribution.
+OpenOOD builds one from its configuration and calls :meth:`DetectorPostprocessor.inference` on every data set;
+conf = -score, as OpenOOD takes a large confidence for in-distribution.
 """
 
 from __future__ import annotations
@@ -9,53 +9,74 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import openood.utils.comm as comm
-import torch
 from openood.postprocessors import BasePostprocessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from openood_sandi import fingerprints
 from openood_sandi.detector import SandI
+from openood_sandi.gsc import GradientShortCircuit
+from openood_sandi.inference import infer
+from openood_sandi.prototype_fusion import PrototypeFusion
+from openood_sandi.score_cache import ScoreCache
 
-#: Option of :class:`SandI` and its default.
-_DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(SandI).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-}
+_log = logging.getLogger(__name__)
+
+#: Images (B, C, H, W) to predicted classes (B,) and scores (B,), larger = more out-of-distribution.
+Detector = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
-    """S&I with the options of :class:`openood_sandi.SandI` under ``postprocessor.postprocessor_args``.
+def options_of(detector: type[Any]) -> dict[str, Any]:
+    """The options of a detector's class, which are its keyword-only arguments, and their defaults."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(detector).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
-    It holds options only, no network, and so can be pickled and used with one network after another. There is
-    nothing to set up. With ``APS_mode`` OpenOOD searches ``postprocessor_sweep``, lists of values under names
-    of options.
+
+class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
+    """A detector of this package, with its options under ``postprocessor.postprocessor_args``.
+
+    It holds no network, and so can be pickled and used with one network after another. With ``APS_mode``
+    OpenOOD searches ``postprocessor_sweep``, lists of values under names of options.
 
     Args:
-        config: OpenOOD's configuration; options that it leaves out have :class:`SandI`'s defaults.
+        config: OpenOOD's configuration; options that it leaves out have the detector's defaults.
 
     Raises:
         ValueError: an option is unknown or its value has the wrong type.
     """
 
+    #: The detector's class: ``method(net, **options)`` scores images.
+    method: ClassVar[type[Any]]
     #: Options whose value is part of the method's definition.
     fixed: ClassVar[dict[str, Any]] = {}
-    #: Options that can be set.
-    settable: ClassVar[tuple[str, ...]] = tuple(_DEFAULTS)
+
+    @classmethod
+    def settable(cls) -> dict[str, Any]:
+        """The options that can be set, and their defaults."""
+        return {name: default for name, default in options_of(cls.method).items() if name not in cls.fixed}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.postprocessor
         self.options: dict[str, Any] = dict(self.fixed)
+        self.run: dict[str, str] = dict(_OF_THE_RUN)
         for name, value in (settings.postprocessor_args or {}).items():
-            self.options[name] = self._checked(name, value)
+            if name in _OF_THE_RUN:
+                self.run[name] = _checked_of_the_run(settings.name, name, value)
+            else:
+                self.options[name] = self._checked(name, value)
         self.args_dict: dict[str, list[Any]] = {
             name: [self._checked(name, value) for value in values]
             for name, values in (settings.postprocessor_sweep or {}).items()
@@ -76,10 +97,10 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
             data: images (B, C, H, W) on the network's device.
 
         Returns:
-            Predicted class (B,) int64 and confidence -tau (B,).
+            Predicted class (B,) int64 and confidence, the negative score, (B,).
         """
-        pred, tau = self.detector(net)(data)
-        return pred, -tau
+        pred, score = self.detector(net)(data)
+        return pred, -score
 
     def inference(
         self, net: nn.Module, data_loader: DataLoader[Any], progress: bool = True
@@ -91,27 +112,39 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
             data_loader: batches {"data": images (B, C, H, W), "label": classes (B,), -1 for OOD}.
             progress: show a progress bar.
 
+        Under ``torchrun`` every process scores its share of the batches, and all return the whole; with ``cache_dir``
+        what an earlier run has scored is not scored again: :func:`openood_sandi.inference.infer`.
+
         Returns:
-            Predicted class, confidence -tau and label of every image, (N,) each.
+            Predicted class, confidence and label of every image, (N,) each, in the loader's order.
         """
         detector = self.detector(net)
         device = next(itertools.chain(net.parameters(), net.buffers())).device
-        preds, confs, labels = [], [], []
-        for batch in tqdm(data_loader, disable=not progress or not comm.is_main_process()):
-            images = batch["data"]
-            if device.type == "cuda" and not images.is_cuda:
-                images = images.pin_memory()  # without it non_blocking waits all the same
-            pred, tau = detector(images.to(device, non_blocking=True))
-            preds.append(pred)
-            confs.append(-tau)
-            labels.append(batch["label"])
-        return (
-            torch.cat(preds).cpu().numpy().astype(int),
-            torch.cat(confs).cpu().numpy(),
-            torch.cat(labels).cpu().numpy().astype(int),
+        cache, key = self._cache(net, data_loader)
+        pred, score, label = infer(
+            detector, data_loader, device, cache=cache, key=key, progress=progress, unreadable=self.run["unreadable"]
         )
+        return pred, -score, label
 
-    def detector(self, net: nn.Module) -> SandI:
+    def _cache(self, net: nn.Module, data_loader: Any) -> tuple[ScoreCache | None, dict[str, object]]:
+        """The score cache of ``cache_dir`` and everything that decides the scores; None if that cannot be told."""
+        if not self.run["cache_dir"]:
+            return None, {}
+        fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
+        try:
+            key: dict[str, object] = {
+                "method": type(self).__qualname__,
+                "options": self.options,
+                "fitted": fingerprints.state(fitted),
+                "network": fingerprints.network(net),
+                "images": fingerprints.images(getattr(data_loader, "dataset", data_loader)),
+            }
+        except fingerprints.Indescribable as error:
+            _log.warning("the score cache is left unused: %s", error)
+            return None, {}
+        return ScoreCache(Path(self.run["cache_dir"]).expanduser()), key
+
+    def detector(self, net: nn.Module) -> Detector:
         """The detector with the present options on ``net``.
 
         Raises:
@@ -122,7 +155,8 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
                 f"{self.config.postprocessor.name} scores one classifier, but this OpenOOD network is "
                 f"a dictionary of {', '.join(net)}; choose a network that is a single module"
             )
-        return SandI(net, **self.options)
+        detector: Detector = self.method(net, **self.options)
+        return detector
 
     def set_hyperparam(self, hyperparam: Sequence[Any]) -> None:
         """Set the options of ``postprocessor_sweep``, in its order."""
@@ -131,31 +165,102 @@ class SandIPostprocessor(BasePostprocessor):  # type: ignore[misc]
 
     def get_hyperparam(self) -> list[Any]:
         """The present values of the options of ``postprocessor_sweep``, in its order."""
-        return [self.options.get(name, _DEFAULTS[name]) for name in self.args_dict]
+        return [self.options.get(name, self.settable()[name]) for name in self.args_dict]
 
     def _checked(self, name: str, value: Any) -> Any:
         """``value`` as option ``name`` takes it: of its default's type, a number also from a string."""
-        method = self.config.postprocessor.name
-        if name not in self.settable:
-            near = difflib.get_close_matches(name, self.settable) or self.settable
+        method, settable = self.config.postprocessor.name, self.settable()
+        if name not in settable:
+            known = [*settable, *_OF_THE_RUN]
+            near = difflib.get_close_matches(name, known) or known
             raise ValueError(f"{method} has no option {name!r}. Did you mean: {', '.join(near)}?")
-        kind = type(_DEFAULTS[name])
+        kind = type(settable[name])
         try:
             if kind is float and not isinstance(value, bool):
                 value = float(value)  # YAML reads 0 as an integer and 1e-3 as a string
-            if not isinstance(value, kind) and not (name == "splits" and isinstance(value, list)):
+            if not isinstance(value, kind) and not (name in _NAMES and isinstance(value, list)):
                 raise TypeError(f"{name}={value!r}: expected {_KINDS[kind]}")
-            SandI(nn.Identity(), **{name: value})  # reads no images, but checks the value
+            self.method(nn.Identity(), **{name: value})  # reads no images, but checks the value
         except (TypeError, ValueError) as error:
             raise ValueError(f"{method}: {error}") from error
         return value
 
 
+#: Options of every postprocessor that decide no score, and their defaults.
+_OF_THE_RUN = {"cache_dir": "", "unreadable": "stop"}
+#: Attributes of a postprocessor that decide no score, or are in a cache's key under another name.
+_SETTINGS = ("config", "options", "run", "args_dict", "APS_mode", "hyperparam_search_done")
+
+
+def _checked_of_the_run(method: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{method}: {name}={value!r}: expected a string")
+    if name == "unreadable" and value not in ("stop", "skip"):
+        raise ValueError(f"{method}: unreadable={value!r}: expected one of 'stop', 'skip'")
+    return value
+
+
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+#: Options that take names of modules, in one string or as a list.
+_NAMES = ("splits", "layers")
+
+
+class SandIPostprocessor(DetectorPostprocessor):
+    """S&I with the options of :class:`openood_sandi.SandI`; there is nothing to set up."""
+
+    method = SandI
 
 
 class GAIAPostprocessor(SandIPostprocessor):
     """GAIA: S&I with T = 1, so without perturbation, and for A over all channels."""
 
     fixed: ClassVar[dict[str, Any]] = {"steps": 1, "top_fraction": 1.0}
-    settable: ClassVar[tuple[str, ...]] = ("variant", "splits", "feature", "attribution")
+
+    @classmethod
+    def settable(cls) -> dict[str, Any]:
+        return {name: default for name, default in super().settable().items() if name in _OF_GAIA}
+
+
+_OF_GAIA = ("variant", "splits", "feature", "attribution")
+
+
+class GSCPostprocessor(DetectorPostprocessor):
+    """Gradient Short-Circuit with the options of :class:`openood_sandi.gsc.GradientShortCircuit`; no set-up."""
+
+    method = GradientShortCircuit
+
+
+class PrototypeFusionPostprocessor(DetectorPostprocessor):
+    """Prototype Fusion with the options of :class:`openood_sandi.prototype_fusion.PrototypeFusion`.
+
+    :meth:`setup` takes the prototypes from OpenOOD's training images, once: ``setup_flag`` tells OpenOOD that
+    they are worth keeping, and keeps them when it sets up again.
+    """
+
+    method = PrototypeFusion
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.setup_flag = False
+        self.prototypes: Mapping[str, Tensor] = {}
+
+    def setup(
+        self, net: nn.Module, id_loader_dict: Mapping[str, DataLoader[Any]], ood_loader_dict: Mapping[str, Any]
+    ) -> None:
+        """Compute the prototypes from ``id_loader_dict["train"]``, on the network's device."""
+        if self.setup_flag:
+            return
+        batches = tqdm(id_loader_dict["train"], desc="prototypes", disable=not comm.is_main_process())
+        self.prototypes = self.detector(net).fit(_pairs(batches)).prototypes
+        self.setup_flag = True
+
+    def detector(self, net: nn.Module) -> PrototypeFusion:
+        detector = super().detector(net)
+        assert isinstance(detector, PrototypeFusion)
+        detector.prototypes = self.prototypes
+        return detector
+
+
+def _pairs(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch["data"], batch["label"]

@@ -24,6 +24,8 @@ GROUP = "openood.postprocessors"
 OWN = {
     "sandi": "openood_sandi.postprocessor:SandIPostprocessor",
     "gaia": "openood_sandi.postprocessor:GAIAPostprocessor",
+    "gsc": "openood_sandi.postprocessor:GSCPostprocessor",
+    "prototype_fusion": "openood_sandi.postprocessor:PrototypeFusionPostprocessor",
 }
 
 

@@ -24,11 +24,12 @@ sys.path.insert(0, str(BENCHMARKS))
 import pandas as pd  # noqa: E402
 import throughput  # noqa: E402
 from comparison import cost  # noqa: E402
+from networks.imagenet import ImageNetResNet  # noqa: E402
+from networks.paper import norms  # noqa: E402
 from speed import measuring, methods, report, scaling  # noqa: E402
-from speed.imagenet import ImageNetResNet  # noqa: E402
 from speed.instrument import count  # noqa: E402
 from speed.loops import Options, Prefix, SplitLoop  # noqa: E402
-from speed.networks import NETWORKS, Network, cifar_resnet, norms, scaled  # noqa: E402
+from speed.networks import NETWORKS, Network, cifar_resnet, scaled  # noqa: E402
 
 from openood_sandi import SandI  # noqa: E402
 
@@ -120,10 +121,10 @@ def test_loops_give_the_averages_of_sandi_a(name: str, options: Options, release
     network = small(name)
     net = network.build(NARROW[name]).double()
     splits = network.splits(net, "paper")
-    loop = SplitLoop(net, splits, options, feature=network.feature, released=released)
+    loop = SplitLoop(net, splits, options, feature=network.paper.feature, released=released)
     images = images_for(network)
-    assert network.feature is not None
-    expected = SandI(net, splits=splits, feature=network.feature, **asdict(options)).densities(images)
+    assert network.paper.feature is not None
+    expected = SandI(net, splits=splits, feature=network.paper.feature, **asdict(options)).densities(images)
     found = loop.densities(images)
     assert found.keys() == expected.keys()
     for split in splits:

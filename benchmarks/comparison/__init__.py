@@ -1,4 +1,4 @@
 """The parts of ``benchmarks/side_by_side.py``: data, network, methods, metrics, cost, report.
 
-Nothing here imports torchvision or OpenOOD: the comparison runs wherever torch runs.
+Torchvision, OpenOOD and pytorch-ood are imported only where they are asked for: digits run wherever torch runs.
 """

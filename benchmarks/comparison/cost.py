@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 MIN_TURNS = 7
 MIN_SECONDS = 1.0  # a small network needs more turns for a steady median
+MAX_SECONDS = 60.0  # a slow method has fewer turns, but FEW at least
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def measure(
     is done once for a network: memory, kernel choice, the detector's study of the network.
 
     Args:
-        turns: how many, 2 at least; by default ``MIN_TURNS``, and more where these take less than ``MIN_SECONDS``.
+        turns: how many, 2 at least; by default ``MIN_TURNS``, more where these take less than ``MIN_SECONDS`` and fewer
+            where they take more than ``MAX_SECONDS``.
         clock: in seconds; ``time.perf_counter`` by default.
     """
     clock = clock or time.perf_counter
@@ -53,13 +56,17 @@ def measure(
 
     turn()
     taken: list[tuple[float, float]] = []
-    while len(taken) < (turns or MIN_TURNS) or (turns is None and sum(map(sum, taken)) < MIN_SECONDS):
+    while not (len(taken) == turns if turns else _enough(len(taken), sum(map(sum, taken)))):
         taken.append(turn())
     ratios = [scoring / plain for plain, scoring in taken]
     # "inclusive" keeps the quartiles of a few turns among their values.
     lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     seconds = statistics.median(scoring for _, scoring in taken)
     return Cost(images_per_second=len(images) / seconds, forwards=(lower, median, upper))
+
+
+def _enough(turns: int, seconds: float) -> bool:
+    return (turns >= MIN_TURNS and seconds >= MIN_SECONDS) or (turns >= FEW and seconds >= MAX_SECONDS)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

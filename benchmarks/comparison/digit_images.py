@@ -12,6 +12,7 @@ pixel is the number of ink dots in one 4x4 block; the letters are made the same 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ BLOCK = 4  # a pixel counts the ink dots of a BLOCK x BLOCK block
 # be told apart at this size (M W m w), are left out. Lower case is kept where it differs from its capital.
 LETTERS = "ACEFHKNPRTUVXY" + "adefhknrty"
 FONTS = tuple(f"DejaVu{face}.ttf" for face in ("Sans", "Sans-Oblique", "SansMono", "Serif", "Serif-Italic"))
+VALIDATION_FONTS = tuple(f"STIXGeneral{face}.ttf" for face in ("", "Italic", "Bol", "BolIta"))
 GLYPH_WIDTH = 6  # pixels; digits leave the outermost column on either side empty
 
 Images = npt.NDArray[np.uint8]
@@ -54,15 +56,15 @@ def digits() -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def letters(count: int, seed: int = 1) -> Images:
+def letters(count: int, seed: int = 1, fonts: Sequence[str] = FONTS) -> Images:
     """Printed letters of random slant, turn and stroke, drawn as the digits were: (count, 8, 8) uint8."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = [ImageFont.truetype(str(folder / name), size=96) for name in FONTS]
+    faces = [ImageFont.truetype(str(folder / name), size=96) for name in fonts]
     rng = np.random.default_rng(seed)
     # Whole rounds of the alphabet, each shuffled, so that any first n images hold the letters evenly.
     rounds = -(-count // len(LETTERS))
     order = np.concatenate([rng.permutation(list(LETTERS)) for _ in range(rounds)])[:count]
-    return np.stack([_letter(str(letter), fonts[rng.integers(len(fonts))], rng) for letter in order])
+    return np.stack([_letter(str(letter), faces[rng.integers(len(faces))], rng) for letter in order])
 
 
 def _letter(letter: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator) -> Images:

@@ -1,67 +1,140 @@
-"""One method over all sets of a suite."""
+"""Methods over all sets of a suite. Scores are kept on disk as they come, so that nothing is scored twice."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from .cost import Cost, measure
-from .methods import METHODS, Scorer
-from .metrics import Detection, detection
+from openood_sandi import fingerprints
+from openood_sandi.inference import infer
+from openood_sandi.score_cache import ScoreCache
+
+from . import methods
+from .decoding import Decoded
+from .environment import library_version
+from .expense import Expense, Expenses
+from .methods import Method, Scorer
 from .suite import ImageSet, Suite
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A method's share of correct classes on the ID images, its cost, and its metrics by OOD set name."""
-
-    method: str
-    accuracy: float
-    cost: Cost
-    detection: dict[str, Detection]
-
-
-@dataclass(frozen=True)
 class Scored:
-    """Predicted classes (N,), labels (N,) and scores (N,) of a set, in its order; larger score = more OOD."""
+    """Predicted classes, labels (-1 if OOD) and scores of a set, (N,) each, in its order; larger score = more OOD."""
 
     pred: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
 
 
-def evaluate(method: str, suite: Suite, device: torch.device, batch_size: int) -> Outcome:
-    """Score every set of the suite with one of ``METHODS``, then time it on the first batch of ID images."""
-    network = suite.network.to(device)
-    scorer = METHODS[method](network)
-    total = len(suite.in_distribution) + sum(map(len, suite.out_of_distribution))
-    with tqdm(total=total, desc=method, unit="image", disable=None) as progress:
-        known = score(scorer, suite.in_distribution, device, batch_size, progress)
-        metrics = {
-            images.name: detection(known.scores, score(scorer, images, device, batch_size, progress).scores)
-            for images in suite.out_of_distribution
+@dataclass(frozen=True)
+class Outcome:
+    """What a method says of every image, by the set's name, and what that costs; None where it was not measured."""
+
+    method: Method
+    scored: Mapping[str, Scored]
+    expense: Expense | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A method that stopped with an error, or that cannot run here, and why."""
+
+    method: str
+    reason: str
+
+
+class Evaluation:
+    """One suite on one device; methods are scored and timed one after the other."""
+
+    def __init__(self, suite: Suite, device: torch.device, batch_size: int, workers: int, cache: Path) -> None:
+        self.suite = suite
+        suite.network.to(device)
+        self._device, self._batch_size, self._workers = device, batch_size, workers
+        self._scores = ScoreCache(cache / "scores")
+        self._expenses = Expenses(cache / "costs")
+        self._built: dict[str, Scorer] = {}
+
+    def scores(self, method: Method) -> dict[str, Scored]:
+        """The method's scores of every set, by name, ID first. Those that are kept are not computed again.
+
+        Raises ValueError if a score is not finite.
+        """
+        found = {}
+        for images in (self.suite.in_distribution, *self.suite.out_of_distribution):
+            pred, scores, labels = infer(
+                functools.partial(self._score, method),
+                self._loader(images),
+                self._device,
+                cache=self._scores,
+                key=self._key(method, images),
+                progress=sys.stderr.isatty(),
+                description=f"{method.name} {images.name}",
+            )
+            bad = int(np.count_nonzero(~np.isfinite(scores)))
+            if bad:
+                raise ValueError(f"{bad} of {len(scores)} scores of {images.name} are not finite")
+            found[images.name] = Scored(pred, labels, scores.astype(np.float64))
+        return found
+
+    def expense(self, method: Method) -> Expense:
+        """What scoring ID images costs on this machine, measured once."""
+        return self._expenses.of(
+            {**self._key(method, self.suite.in_distribution), "code": fingerprints.code()},
+            self.suite.network,
+            lambda: self._scorer(method),
+            lambda: next(iter(self._loader(self.suite.in_distribution)))[0],
+            self._device,
+        )
+
+    def release(self, method: Method) -> None:
+        """Forget what the method holds in memory."""
+        self._built.pop(method.name, None)
+
+    def _score(self, method: Method, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scorer(method)(images)
+
+    def _scorer(self, method: Method) -> Scorer:
+        """Built when first needed: with all scores at hand, never."""
+        if method.name not in self._built:
+            self._built[method.name] = method.build(self.suite, self._device, self._batch_size)
+        return self._built[method.name]
+
+    def _loader(self, images: ImageSet) -> DataLoader[Any]:
+        in_memory = isinstance(images.dataset, Decoded) and images.dataset.fits
+        return images.loader(self._batch_size, 0 if in_memory else self._workers)
+
+    def _key(self, method: Method, images: ImageSet) -> dict[str, object]:
+        """All that decides the scores; the cache adds the digest of the package's code."""
+        suite = self.suite
+        fitted = [part.fingerprint for part in (suite.training, *(suite.validation or ())) if part is not None]
+        return {
+            "method": method.name,
+            "source": [method.source, library_version(method.source)],
+            "methods' code": _methods_code(),
+            "options": {name: repr(value) for name, value in sorted(method.options.items())},
+            "weights": suite.weights,
+            "images": images.fingerprint,
+            "fitted on": fitted,
+            "batch size": self._batch_size,
+            "device": self._device.type,
         }
-    batch, _ = next(suite.in_distribution.batches(batch_size))
-    return Outcome(
-        method=method,
-        accuracy=float(np.mean(known.pred == known.labels)),
-        cost=measure(network, scorer, batch.to(device)),
-        detection=metrics,
-    )
 
 
-def score(scorer: Scorer, images: ImageSet, device: torch.device, batch_size: int, progress: tqdm[Any]) -> Scored:
-    """Score a set batch by batch on ``device``."""
-    preds, labels, scores = [], [], []
-    for batch, label in images.batches(batch_size):
-        pred, oodness = scorer(batch.to(device))
-        preds.append(pred.cpu())
-        labels.append(label)
-        scores.append(oodness.double().cpu())
-        progress.update(len(batch))
-    return Scored(torch.cat(preds).numpy(), torch.cat(labels).numpy(), torch.cat(scores).numpy())
+@functools.cache
+def _methods_code() -> str:
+    """A digest of the sources that turn methods' names into scorers."""
+    total = hashlib.sha256()
+    for path in sorted(Path(methods.__file__).parent.glob("*.py")):
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()

@@ -1,13 +1,18 @@
-"""What one ``--data`` name stands for: a trained network, its in-distribution test set and the OOD sets."""
+"""What is compared on: a trained network, its in-distribution (ID) test set and the out-of-distribution (OOD) sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
+
+Group = Literal["ID", "near", "far"]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of pixels in 0..1, by channel."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +23,27 @@ class ImageSet:
     """
 
     name: str
-    group: Literal["ID", "near", "far"]
+    group: Group
     dataset: Dataset[Any]
     description: str
+    fingerprint: str
+    """A hash of all that decides what is scored: the images, their order, their labels and their preprocessing."""
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # Dataset itself does not promise a length
 
-    def first(self, limit: int | None) -> ImageSet:
-        """The set's first ``limit`` images; all of them if ``limit`` is None or larger than the set."""
+    def limited(self, limit: int | None) -> ImageSet:
+        """``limit`` images in equal steps through the set, as lists come sorted by class; all if there are not more."""
         if limit is None or limit >= len(self):
             return self
-        return replace(self, dataset=Subset(self.dataset, range(limit)))
+        chosen = [place * len(self) // limit for place in range(limit)]
+        fingerprint = digest(self.fingerprint, f"{limit} in equal steps")
+        return replace(self, dataset=Subset(self.dataset, chosen), fingerprint=fingerprint)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) and labels (B,) in the set's order, on the CPU."""
-        return iter(DataLoader(self.dataset, batch_size=batch_size))
+    def loader(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+        """Batches of images (B, C, H, W) and labels (B,) in the set's order, on the CPU."""
+        # Its own generator, as it would draw seeds for its workers from the global one.
+        return DataLoader(self.dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,51 @@ class Suite:
 
     name: str
     network: nn.Module
+    network_name: str
     network_description: str
+    weights: str
+    """A hash of the network's state, see :func:`state_digest`."""
+    classes: int
+    normalisation: Normalisation
+    """Turns a network's input back into pixels: input * std + mean."""
     in_distribution: ImageSet
     out_of_distribution: tuple[ImageSet, ...]
+    training: ImageSet | None = None
+    """ID images that the network was trained on, preprocessed as test images are."""
+    validation: tuple[ImageSet, ImageSet] | None = None
+    """ID and OOD images to choose options by; none of them is in a test set."""
+    missing: tuple[str, ...] = ()
+    """What was looked for and left out, one sentence each."""
+    protocol: str = ""
+    """Whose choice the OOD sets are."""
+    paper_splits: tuple[str, ...] = ()
+    """The S&I paper's split points on this network, by module name; none where it says nothing of its kind."""
+    paper_feature: str | None = None
+    """The paper's F of Eq. 12 on this network, by module name."""
 
-    def first(self, limit: int | None) -> Suite:
-        """The suite with every set cut to its first ``limit`` images."""
+    def limited(self, limit: int | None) -> Suite:
+        """The suite with every set cut to ``limit`` images in equal steps; training images are kept, all of them."""
+        validation = self.validation and (self.validation[0].limited(limit), self.validation[1].limited(limit))
         return replace(
             self,
-            in_distribution=self.in_distribution.first(limit),
-            out_of_distribution=tuple(images.first(limit) for images in self.out_of_distribution),
+            in_distribution=self.in_distribution.limited(limit),
+            out_of_distribution=tuple(images.limited(limit) for images in self.out_of_distribution),
+            validation=validation,
         )
+
+
+def digest(*parts: str | bytes | Tensor) -> str:
+    """The SHA-256, in hexadecimal, of texts, bytes and tensors in turn (which must not run into each other)."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        content = part.encode() if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "big") + content)
+    return total.hexdigest()
+
+
+def state_digest(network: nn.Module) -> str:
+    """The hash of the names and values of a network's parameters and buffers."""
+    return digest(*(part for item in network.state_dict().items() for part in item))

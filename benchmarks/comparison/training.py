@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from networks.cifar import CifarResNet
 from torch import Tensor
 from tqdm import tqdm
-
-from .small_resnet import SmallResNet
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum under a one-cycle learning rate (``learning_rate`` is its peak)."""
+    """A small ResNet with ``blocks`` residual blocks in each stage; by default it has 15 normalisation layers.
+
+    SGD with Nesterov momentum under a one-cycle learning rate (``learning_rate`` is its peak).
+    """
 
     widths: tuple[int, ...] = (16, 32, 64)
     blocks: int = 2
@@ -29,13 +31,18 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def network(self, images: Tensor, labels: Tensor) -> CifarResNet:
+        """A network for such ``images`` (N, C, H, W) and ``labels`` (N,)."""
+        blocks = [self.blocks] * len(self.widths)
+        return CifarResNet(blocks, self.widths, int(labels.max()) + 1, in_channels=images.shape[1])
+
 
 def default_cache() -> Path:
     """The user's cache folder, ``$XDG_CACHE_HOME`` or ``~/.cache``, with a folder of our own in it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openood-sandi"
 
 
-def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Path) -> SmallResNet:
+def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Path) -> CifarResNet:
     """A network in eval mode, trained on ``images`` (N, C, H, W) and ``labels`` (N,), or read from ``cache``.
 
     The file's name is a hash of the recipe, the seed, torch's version and the training data. A file that is
@@ -47,7 +54,7 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
     if path.exists():
         try:
             with torch.device("meta"):  # no memory and no random numbers for weights that are read
-                net = SmallResNet(int(labels.max()) + 1, images.shape[1], recipe.widths, recipe.blocks)
+                net = recipe.network(images, labels)
             net.load_state_dict(_read(path), assign=True)
         except Exception as error:  # a damaged file may fail in any way; training again cures all of them
             warnings.warn(f"Cached network {path} is unusable ({error}); training it again.", stacklevel=2)
@@ -61,11 +68,11 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
     return net
 
 
-def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> SmallResNet:
+def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarResNet:
     """Train on the CPU from ``seed``, whatever device scores later; the global generator is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = SmallResNet(int(labels.max()) + 1, images.shape[1], recipe.widths, recipe.blocks).train()
+        net = recipe.network(images, labels).train()
         optimizer = torch.optim.SGD(
             net.parameters(),
             lr=recipe.learning_rate,
@@ -98,7 +105,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _save(net: SmallResNet, path: Path) -> None:
+def _save(net: CifarResNet, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed, so that a reader never sees half a file.
     partial = path.with_suffix(f".{os.getpid()}.partial")

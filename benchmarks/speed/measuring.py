@@ -86,7 +86,7 @@ class Bench:
         """The ``method`` on ``batch`` images."""
         setting = self._setting
         images = self._images(batch)
-        job = METHODS[method].job(self._net, self._splits, self._network.feature)
+        job = METHODS[method].job(self._net, self._splits, self._network.paper.feature)
         turns = setting.turns_of(method)
         cost = measure(self._net, job, images, turns=turns, clock=setting.clock)
         free = free_memory(setting.device)
@@ -133,7 +133,7 @@ class Bench:
             return None, None
         images = self._images(CHECKED)
         if options not in self._expected:
-            loop = SplitLoop(self._net, self._splits, options, feature=self._network.feature)
+            loop = SplitLoop(self._net, self._splits, options, feature=self._network.paper.feature)
             self._expected[options] = loop.densities(images)
         return differences(job.densities(images), self._expected[options], options.variant)
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from comparison.methods import msp
 from torch import Tensor, nn
 
 from openood_sandi import SandI
@@ -17,6 +16,17 @@ from .networks import Network
 
 Job = Callable[[Tensor], object]
 """Takes images (B, C, H, W)."""
+
+
+def msp(net: nn.Module) -> Job:
+    """Maximum softmax probability (Hendrycks and Gimpel, ICLR 2017), the detector that costs a forward pass."""
+
+    @torch.no_grad()
+    def score(images: Tensor) -> tuple[Tensor, Tensor]:
+        confidence, pred = net(images).softmax(dim=1).max(dim=1)
+        return pred, -confidence
+
+    return score
 
 
 @dataclass(frozen=True)

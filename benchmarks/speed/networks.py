@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from networks.cifar import CifarResNet, WideResNet
+from networks.imagenet import BitResNet, ImageNetResNet
+from networks.paper import NORMS, SPLITS, Splits, norms
 from torch import Tensor, nn
-
-from .cifar import CifarResNet, WideResNet
-from .imagenet import BitResNet, ImageNetResNet
-
-NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,18 @@ class Network:
         make: from a factor, by which every number of channels is multiplied, to the network.
         image_size: height and width in pixels.
         variant: the one the paper uses for this size of label space.
-        paper_splits: the paper's split points by module name; for ResNet-50, which the paper does not use, the
-            normalisation layers of the last stage.
-        feature: A's F by module name; None for Z.
+        paper: where the paper splits it.
     """
 
     title: str
     make: Callable[[float], nn.Module]
     image_size: int
     variant: Literal["Z", "A"]
-    paper_splits: Callable[[nn.Module], list[str]]
-    feature: str | None = None
+    paper: Splits
 
     def splits(self, net: nn.Module, preset: str) -> list[str]:
         """The ``preset`` "paper", or "norms": what ``SandI`` itself would choose, which for A is the same."""
-        return norms(net) if preset == "norms" and self.variant == "Z" else self.paper_splits(net)
+        return norms(net) if preset == "norms" and self.variant == "Z" else self.paper.names(net)
 
     def build(self, width: float = 1.0, seed: int = 0) -> nn.Module:
         """The network in eval mode, in float32 on the CPU, with seeded random weights (see :func:`randomise`)."""
@@ -47,16 +42,6 @@ class Network:
             net = self.make(width)
             randomise(net, torch.randn(8, 3, self.image_size, self.image_size))
         return net
-
-
-def norms(net: nn.Module, prefix: str = "") -> list[str]:
-    """The normalisation layers, in order of definition."""
-    return [name for name, module in net.named_modules() if isinstance(module, NORMS) and name.startswith(prefix)]
-
-
-def _resnet_splits(net: nn.Module) -> list[str]:
-    """The first convolution, and every normalisation layer of the blocks: 36 in ResNet-34."""
-    return ["conv1", *(name for name in norms(net) if name != "bn1")]
 
 
 def scaled(channels: int, width: float) -> int:
@@ -68,30 +53,22 @@ def cifar_resnet(*blocks: int) -> Callable[[float], nn.Module]:
 
 
 NETWORKS: dict[str, Network] = {
-    "resnet18": Network("ResNet-18", cifar_resnet(2, 2, 2, 2), 32, "Z", _resnet_splits),
-    "resnet34": Network("ResNet-34", cifar_resnet(3, 4, 6, 3), 32, "Z", _resnet_splits),
-    "wrn40-2": Network(
-        "WRN-40-2",
-        lambda width: WideResNet(40, 2, base=scaled(16, width)),
-        32,
-        "Z",
-        lambda net: [*norms(net), "avgpool"],
-    ),
+    "resnet18": Network("ResNet-18", cifar_resnet(2, 2, 2, 2), 32, "Z", SPLITS["resnet18_32x32"]),
+    "resnet34": Network("ResNet-34", cifar_resnet(3, 4, 6, 3), 32, "Z", SPLITS["resnet34"]),
+    "wrn40-2": Network("WRN-40-2", lambda width: WideResNet(40, 2, base=scaled(16, width)), 32, "Z", SPLITS["wrn40-2"]),
     "bit-s-r101x1": Network(
         "BiT-S-R101x1",
         lambda width: BitResNet((3, 4, 23, 3), base=scaled(64, width)),
         224,
         "A",
-        lambda net: norms(net, "body.block4."),
-        feature="before_head",
+        SPLITS["bit-s-r101x1"],
     ),
     "resnet50": Network(
         "ResNet-50",
         lambda width: ImageNetResNet((3, 4, 6, 3), base=scaled(64, width)),
         224,
         "A",
-        lambda net: norms(net, "layer4."),
-        feature="layer4",
+        SPLITS["resnet50"],
     ),
 }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from comparison.report import markdown, replace
+from comparison.files import replace
+from comparison.report import markdown
 
 from .measuring import Measurement
 from .methods import METHODS

@@ -8,15 +8,16 @@ from functools import partial
 
 import torch
 from comparison.cost import measure
+from networks.cifar import CifarResNet
+from networks.paper import norms
 
 from openood_sandi import SandI
 
-from .cifar import CifarResNet
 from .instrument import count
 from .loops import Options, SplitLoop
 from .measuring import Setting
 from .methods import Job
-from .networks import norms, randomise, scaled
+from .networks import randomise, scaled
 
 BASE = "CIFAR ResNet-18, every normalisation layer a split, T = 2, 32 pixels"
 """What :class:`Point` stands for as it is."""

@@ -185,10 +185,11 @@ def test_a_dictionary_of_networks_is_refused(checkout: Path) -> None:
 
 
 def test_yml_carries_every_option_typed(checkout: Path) -> None:
-    from openood_sandi.postprocessor import _DEFAULTS, SandIPostprocessor
+    from openood_sandi.postprocessor import SandIPostprocessor, options_of
 
     settings = config(checkout)
-    assert dict(settings.postprocessor.postprocessor_args) == _DEFAULTS
+    of_the_run = {"cache_dir": "", "unreadable": "stop"}
+    assert dict(settings.postprocessor.postprocessor_args) == options_of(SandI) | of_the_run
     # what the command line gives goes through the type of what the yml has
     settings.parse_args(["--postprocessor.postprocessor_args.epsilon", "0.5"])
     settings.parse_args(["--postprocessor.postprocessor_args.splitting=False"])

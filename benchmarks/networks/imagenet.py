@@ -1,8 +1,9 @@
-"""Networks for images of 224 pixels: ResNet-50 and BiT-S-R101x1."""
+"""Networks for ImageNet: ResNet-50 and BiT-S-R101x1."""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """relu(residual(x) + shortcut(x)) with 1x1, 3x3 and 1x1 convolutions; the 3x3 one carries the stride."""
+    """relu(residual(x) + downsample(x)) with 1x1, 3x3 and 1x1 convolutions; the 3x3 one carries the stride."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -19,15 +20,15 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False), nn.BatchNorm2d(middle)
         self.conv3, self.bn3 = nn.Conv2d(middle, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
-        self.shortcut: nn.Module = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
+            self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-        out: Tensor = self.relu(self.bn3(self.conv3(residual)) + self.shortcut(x))
+        out: Tensor = self.relu(self.bn3(self.conv3(residual)) + self.downsample(x))
         return out
 
 
@@ -52,13 +53,13 @@ class ImageNetResNet(nn.Module):
                 channels = width
             self.add_module(f"layer{stage + 1}", layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(channels, classes)
+        self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
-        logits: Tensor = self.linear(self.avgpool(x).flatten(1))
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits
 
 
@@ -107,19 +108,27 @@ class BitResNet(nn.Module):
     def __init__(self, blocks: Sequence[int], base: int = 64, classes: int = 1000) -> None:
         super().__init__()
         channels = base
+        # A max-pool padded by zeros is not one padded by its own minus infinity.
         self.root = nn.Sequential(
-            StdConv2d(3, base, 7, 2, padding=3, bias=False), nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)
+            OrderedDict(
+                conv=StdConv2d(3, base, 7, 2, padding=3, bias=False),
+                pad=nn.ConstantPad2d(1, 0.0),
+                pool=nn.MaxPool2d(3, 2),
+            )
         )
         self.body = nn.Sequential()
         for stage, depth in enumerate(blocks):
             units = nn.Sequential()
             for number in range(depth):
                 width = 4 * base << stage
-                units.append(PreActivationBottleneck(channels, width, stride=2 if stage and number == 0 else 1))
+                unit = PreActivationBottleneck(channels, width, stride=2 if stage and number == 0 else 1)
+                units.add_module(f"unit{number + 1:02d}", unit)
                 channels = width
             self.body.add_module(f"block{stage + 1}", units)
-        self.before_head = nn.Sequential(group_norm(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-        self.head = nn.Conv2d(channels, classes, 1)
+        self.before_head = nn.Sequential(
+            OrderedDict(gn=group_norm(channels), relu=nn.ReLU(), avg=nn.AdaptiveAvgPool2d(1))
+        )
+        self.head = nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, classes, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.before_head(self.body(self.root(x))))

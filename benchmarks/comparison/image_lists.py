@@ -1,0 +1,119 @@
+"""``--data cifar10``, ``cifar100``, ``imagenet``: image lists in the layout of OpenOOD's download.
+
+Below the root, ``benchmark_imglist/ID/SPLIT_SET.txt`` holds a line "file label" for each image; files are named below
+``images_classic`` or ``images_largescale``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from networks.catalogue import Input, Normalisation
+from networks.errors import SourceError
+
+from .folders import OodOption, folder_set
+from .image_files import image_set
+from .protocols import BENCHMARKS, PROTOCOLS, TITLES, Protocol, group_of
+from .suite import Group, ImageSet
+
+IMAGES = ("images_classic", "images_largescale")
+
+
+@dataclass(frozen=True)
+class ImageLists:
+    """The lists of ID data set ``data`` under ``root``, for a network of a given input.
+
+    Every method raises SourceError where there is no such list, or not all of its images.
+    """
+
+    data: str
+    root: Path
+    shape: Input
+    normalisation: Normalisation
+
+    def in_distribution(self) -> ImageSet:
+        """The ID test images."""
+        return self._read("test", self.data, "ID")
+
+    def training(self) -> ImageSet:
+        """The ID training images, preprocessed as test images are."""
+        return self._read("train", self.data, "ID")
+
+    def validation(self) -> tuple[ImageSet, ImageSet]:
+        """The ID and the OOD images that OpenOOD searches options on."""
+        benchmark = BENCHMARKS[self.data]
+        return (
+            self._read("val", self.data, "ID"),
+            self._read("val", benchmark.validation, group_of(benchmark.validation, benchmark.near)),
+        )
+
+    def out_of_distribution(
+        self, protocol: Protocol, asked: list[OodOption]
+    ) -> tuple[tuple[ImageSet, ...], tuple[str, ...]]:
+        """The sets of ``protocol`` that are there and those ``asked`` for, and what was left out and why.
+
+        Raises SourceError if a set asked for is not there, or none at all.
+        """
+        benchmark = BENCHMARKS[self.data]
+        wanted: dict[str, Group] = {**benchmark.sets(protocol)}
+        for option in asked:
+            wanted[option.name] = option.group or wanted.get(option.name) or group_of(option.name, benchmark.near)
+        options = {option.name: option for option in asked}
+        found, missing = [], []
+        for name, group in wanted.items():
+            folder = options[name].folder if name in options else None
+            try:
+                if folder is None:
+                    found.append(self._read("test", name, group))
+                else:
+                    found.append(folder_set(name, group, folder, self.shape, self.normalisation))
+            except SourceError as error:
+                if name in options:
+                    raise SourceError(f"--ood {name}: {error}.") from error
+                missing.append(f"{name} ({group}-OOD): {error}")
+        names = {path.stem.removeprefix("test_") for path in self._folder.glob("test_*.txt")}
+        others = ", ".join(sorted(names - {*wanted, self.data}))
+        if not found:
+            hint = f"\nThere are lists of {others}; --ood NAME ... takes them." if others else ""
+            raise SourceError(f"None of {PROTOCOLS[protocol]} is there:\n  " + "\n  ".join(missing) + hint)
+        if others:
+            missing.append(f"{others}: not among {PROTOCOLS[protocol]}; --ood NAME ... adds a list")
+        return tuple(found), tuple(missing)
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / "benchmark_imglist" / self.data
+
+    def _read(self, split: str, name: str, group: Group) -> ImageSet:
+        path = self._folder / f"{split}_{name}.txt"
+        if not path.is_file():
+            raise SourceError(f"there is no list {path}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = [self._entry(line, f"line {number} of {path}", group) for number, line in enumerate(lines, 1)]
+        if not entries:
+            raise SourceError(f"the list {path} is empty")
+        first, _ = entries[0]
+        folder = next((folder for folder in IMAGES if (self.root / folder / first).is_file()), None)
+        if folder is None:
+            raise SourceError(f"the first image of {path}, {first}, is not in {' or '.join(IMAGES)} of {self.root}")
+        return image_set(
+            name if split == "test" else f"{split} {name}",
+            group,
+            self.root / folder,
+            entries,
+            self.shape,
+            self.normalisation,
+            f"{TITLES.get(name, name)}, OpenOOD's list {self.data}/{path.name}",
+        )
+
+    def _entry(self, line: str, place: str, group: Group) -> tuple[str, int]:
+        file, _, text = line.partition(" ")
+        try:
+            label = int(text)
+        except ValueError:
+            raise SourceError(f"{place} is {line!r}; expected a file and its label") from None
+        classes = BENCHMARKS[self.data].classes
+        if group == "ID" and not 0 <= label < classes:
+            raise SourceError(f"{place} has the label {label}; expected 0 to {classes - 1}")
+        return file, label if group == "ID" else -1

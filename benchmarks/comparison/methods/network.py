@@ -1,0 +1,239 @@
+"""What the libraries ask of a network, found in any classifier from the outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openood_sandi.features import LinearHead, Penultimate, hooked, stages
+
+from ..suite import ImageSet, Suite, digest
+from .baselines import BASELINES, Need, fitted
+
+
+class Anatomy:
+    """What a suite has of what methods need."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.image = _first_image(suite.in_distribution).to(next(suite.network.parameters()).device)
+        self.head: LinearHead | None = None
+        self._problems: dict[Need, str] = {}
+        try:
+            self.head = Penultimate(suite.network).head(self.image)
+            Blocks(suite.network, self.image)
+        except ValueError as error:
+            self._problems["blocks"] = str(error)
+            if self.head is None:
+                self._problems["head"] = str(error)
+        if suite.training is None:
+            self._problems["training"] = f"needs training images, which {suite.name} has none of here"
+        if suite.validation is None:
+            self._problems["validation"] = f"needs validation images, which {suite.name} has none of here"
+
+    @property
+    def features(self) -> int | None:
+        """The size of the penultimate features, if there are any."""
+        return None if self.head is None else self.head.weight.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.image.shape[1]
+
+    @property
+    def training_images(self) -> int | None:
+        return None if self.suite.training is None else len(self.suite.training)
+
+    def lacks(self, needs: Sequence[Need]) -> str | None:
+        """Why a method with these needs cannot run; None if it can."""
+        return next((self._problems[need] for need in needs if need in self._problems), None)
+
+    def options(self, name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """Options and sweep of a baseline here."""
+        return fitted(name, self.features, self.training_images)
+
+    def cannot_run(self, name: str) -> str | None:
+        """Why a baseline cannot run; None if it can."""
+        count = self.training_images
+        wanted = BASELINES[name].options.get("K", 0)
+        if count is not None and count < wanted:
+            return f"needs {wanted} training images, {self.suite.name} has {count} here"
+        return self.lacks(BASELINES[name].needs)
+
+    def fingerprints(self, needs: Sequence[Need]) -> dict[str, str]:
+        """Of the images other than those scored that decide the scores of a method with these needs."""
+        found = {}
+        if "training" in needs and self.suite.training is not None:
+            found["training"] = self.suite.training.fingerprint
+        if "validation" in needs and self.suite.validation is not None:
+            found["validation"] = " ".join(images.fingerprint for images in self.suite.validation)
+        return found
+
+
+def _first_image(images: ImageSet) -> Tensor:
+    image: Tensor = images.dataset[0][0]
+    return image.unsqueeze(0)
+
+
+class Blocks:
+    """The end of a network in the pieces that RankFeat takes apart: ``head(mean(last(before)))``.
+
+    Attributes:
+        before, after: names of the modules that return the feature maps of the last two stages.
+        last: turns the first of these maps into the second.
+
+    Raises:
+        ValueError: if the network cannot be taken apart so.
+    """
+
+    def __init__(self, net: nn.Module, x: Tensor) -> None:
+        names = stages(net, x)[-2:]
+        if len(names) < 2:
+            raise ValueError("needs feature maps at two resolutions at least, which this network lacks")
+        self.before, self.after = names
+        penultimate = Penultimate(net)
+        penultimate.head(x)  # before the hooks are set
+        with outputs_of(net, names) as maps:
+            features, _ = penultimate(x)
+        self.last = _between(net, self.before, self.after)
+        if maps[self.after].dim() != 4 or not _close(mean_over_positions(maps[self.after]).flatten(1), features):
+            raise ValueError("needs features that are the mean of the last feature map, which this network's are not")
+        with torch.no_grad():
+            if not _close(self.last(maps[self.before]), maps[self.after]):
+                raise ValueError(f"needs a last stage that is one module, which {self.after!r} is not")
+
+
+def _between(net: nn.Module, before: str, after: str) -> nn.Module:
+    """The module that ``after`` names, or what follows ``before`` in it if that is one of its children."""
+    module = net.get_submodule(after)
+    if isinstance(module, nn.Sequential) and before.startswith(after + "."):
+        names = [name for name, _ in module.named_children()]
+        child = before[len(after) + 1 :]
+        if child in names:
+            return module[names.index(child) + 1 :]
+    return module
+
+
+def mean_over_positions(maps: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, 1, 1)."""
+    return F.adaptive_avg_pool2d(maps, 1)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.nan_to_num(0, 0, 0).abs().max())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
+
+
+@contextmanager
+def outputs_of(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of modules in a forward pass, copied, by name."""
+    found: dict[str, Tensor] = {}
+    with hooked(
+        {name: net.get_submodule(name) for name in names}, lambda name, _, output: found.update({name: output.clone()})
+    ):
+        yield found
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """No parameter takes gradients, which a method's backward pass would otherwise leave there."""
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class OpenOODNetwork(nn.Module):
+    """Any classifier with a linear last layer, with the methods that OpenOOD's networks have.
+
+    Args:
+        net: the classifier, in eval mode, on the device that it is used on.
+        x: images (B, C, H, W) to find its last layer with.
+    """
+
+    def __init__(self, net: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self._penultimate = Penultimate(net)
+        self.fc = as_linear(self._penultimate.head(x))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self._blocks: Blocks | None = None
+        with suppress(ValueError):  # only RankFeat needs them, and is not offered without
+            self._blocks = Blocks(net, x)
+
+    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, classes), with the penultimate features (B, D) behind them if asked for."""
+        if not return_feature:
+            logits: Tensor = self.net(x)  # with gradients, which ODIN takes
+            return logits
+        features, logits = self._penultimate(x)
+        return logits, features
+
+    def intermediate_forward(self, x: Tensor, layer_index: int) -> Tensor:
+        """The feature map of the last stage (4, as OpenOOD counts) or the one before (3)."""
+        assert self._blocks is not None
+        name = {3: self._blocks.before, 4: self._blocks.after}[layer_index]
+        with outputs_of(self.net, [name]) as found:
+            self.net(x)
+        return found[name]
+
+    def layer4(self, maps: Tensor) -> Tensor:
+        assert self._blocks is not None
+        result: Tensor = self._blocks.last(maps)
+        return result
+
+    def get_fc(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
+
+    def get_fc_layer(self) -> nn.Linear:
+        return self.fc
+
+
+class Remembering(nn.Module):
+    """A network in OpenOOD's form that computes every batch once, where no gradients are wanted.
+
+    OpenOOD's search scores the validation images again for every value, though most methods ask the network for the
+    same logits and features each time.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._known: dict[str, tuple[Tensor, ...]] = {}
+
+    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            result: Tensor = self.net(x)
+            return result
+        images = digest(x)
+        if images not in self._known:
+            self._known[images] = self.net(x, return_feature=True)
+        logits, features = (tensor.clone() for tensor in self._known[images])  # ASH writes into them
+        return (logits, features) if return_feature else logits
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.net, name)
+
+
+def as_linear(head: LinearHead) -> nn.Linear:
+    """The last layer as ``nn.Linear`` with a bias: itself, or its equal."""
+    if isinstance(head.module, nn.Linear) and head.module.bias is not None:
+        return head.module
+    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], device=head.weight.device)
+    linear.weight = nn.Parameter(head.weight, requires_grad=False)
+    linear.bias = nn.Parameter(head.bias, requires_grad=False)
+    return linear

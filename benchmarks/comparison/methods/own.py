@@ -1,0 +1,97 @@
+"""This package's detectors: S&I and GAIA as published, ablations, settings worth knowing; GSC and Prototype Fusion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from openood_sandi import SandI
+from openood_sandi.gsc import GradientShortCircuit
+from openood_sandi.prototype_fusion import PrototypeFusion
+
+from ..suite import Suite
+from .baselines import Need
+from .method import Method, Offer, Scorer
+from .network import Anatomy
+
+Build = Callable[..., Scorer]
+Z, A = {"variant": "Z"}, {"variant": "A"}
+NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    # as published
+    "gaia-z": ("GAIA-Z", {**Z, **NO_ATTACK}),
+    "gaia-a": ("GAIA-A", {**A, **NO_ATTACK, "top_fraction": 1.0}),
+    "sandi-z": ("S&I-Z", Z),
+    "sandi-a": ("S&I-A", A),
+    # the paper's ablations; for Z, no attack is GAIA-Z, and without steps there is nothing to split for
+    "sandi-z-no-attack": ("S&I-Z without attack", {**Z, **NO_ATTACK}),
+    "sandi-z-no-splitting": ("S&I-Z without splitting", {**Z, **NO_SPLITTING}),
+    "sandi-a-no-attack": ("S&I-A without attack", {**A, **NO_ATTACK}),
+    "sandi-a-no-splitting": ("S&I-A without splitting", {**A, **NO_SPLITTING}),
+    # where to split
+    "gaia-z-last-stage": ("GAIA-Z, last stage", {**Z, **NO_ATTACK, "splits": "last_stage"}),
+    "gaia-a-all": ("GAIA-A, all layers", {**A, **NO_ATTACK, "top_fraction": 1.0, "splits": "all"}),
+    "sandi-z-last-stage": ("S&I-Z, last stage", {**Z, "splits": "last_stage"}),
+    "sandi-a-all": ("S&I-A, all layers", {**A, "splits": "all"}),
+    # how to combine the gradients of Z
+    "sandi-z-union": ("S&I-Z, union", {**Z, "combine": "union"}),
+    "sandi-z-intersection": ("S&I-Z, intersection", {**Z, "combine": "intersection"}),
+    # how far to walk
+    "sandi-z-eta0.01": ("S&I-Z, step 0.01", {**Z, "step_size": 0.01}),
+    "sandi-z-eta0.1": ("S&I-Z, step 0.1", {**Z, "step_size": 0.1}),
+    "sandi-a-eta0.01": ("S&I-A, step 0.01", {**A, "step_size": 0.01}),
+    "sandi-a-eta0.1": ("S&I-A, step 0.1", {**A, "step_size": 0.1}),
+    "sandi-z-t3": ("S&I-Z, T=3", {**Z, "steps": 3}),
+    "sandi-z-t5": ("S&I-Z, T=5", {**Z, "steps": 5}),
+    "sandi-a-t3": ("S&I-A, T=3", {**A, "steps": 3}),
+    "sandi-a-t5": ("S&I-A, T=5", {**A, "steps": 5}),
+}
+"""Title and options of :class:`openood_sandi.SandI` by name."""
+
+SLOW = ("sandi-z-t3", "sandi-z-t5", "sandi-a-all", "sandi-a-t3", "sandi-a-t5")
+"""More than a few forward passes an image: suffixes are replayed for every step."""
+
+
+def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+    """All of them; where S&I finds no place to split a network, it says so when it scores."""
+    methods: dict[str, Method] = {}
+    absent: dict[str, str] = {}
+
+    def add(name: str, title: str, build: Build, options: Mapping[str, Any], needs: tuple[Need, ...] = ()) -> None:
+        lacking = anatomy.lacks(needs)
+        if lacking:
+            absent[name] = lacking
+        else:
+            decisive = {**options, **anatomy.fingerprints(needs)}
+            bound = functools.partial(build, options=options)
+            methods[name] = Method(name, title, "openood-sandi", decisive, bound, slow=name in SLOW)
+
+    for name, (title, options) in SETTINGS.items():
+        add(name, title, _sandi, options)
+    for variant, options in (("Z", Z), ("A", A)):
+        name = f"sandi-{variant.lower()}-paper"
+        if suite.paper_splits:
+            layers = {"splits": list(suite.paper_splits), "feature": suite.paper_feature or "auto"}
+            add(name, f"S&I-{variant}, the paper's layers", _sandi, {**options, **layers})
+        else:
+            absent[name] = f"the paper does not say where to split {suite.network_name}"
+    add("gsc", "GSC", _gsc, {"mask_ratio": 0.1, "score": "energy"}, ("head",))
+    add("prototype_fusion", "Prototype Fusion", _prototype_fusion, {"layers": "last_3"}, ("training",))
+    return methods, absent
+
+
+def _sandi(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
+    return SandI(suite.network.to(device), **options)
+
+
+def _gsc(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
+    return GradientShortCircuit(suite.network.to(device), **options)
+
+
+def _prototype_fusion(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
+    assert suite.training is not None
+    return PrototypeFusion(suite.network.to(device), **options).fit(suite.training.loader(batch_size))

@@ -1,0 +1,215 @@
+"""Methods run by OpenOOD's own postprocessors, and its search for options on validation data.
+
+Options and sweeps come from :mod:`.baselines`, or from this package's yml files; OpenOOD's classes do the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import openood_sandi
+from openood_sandi import registry, standins
+
+from ..suite import ImageSet, Suite
+from .baselines import BASELINES, Need
+from .method import Method, Offer, Scorer
+from .network import Anatomy, OpenOODNetwork, Remembering, frozen
+
+OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
+    "sandi": ("S&I", ()),
+    "gaia": ("GAIA", ()),
+    "gsc": ("GSC", ("head",)),
+    "prototype_fusion": ("Prototype Fusion", ("training",)),
+}
+"""This package's postprocessors that OpenOOD can choose options for: title and needs."""
+
+
+def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+    """OpenOOD's methods; and "NAME-search", with options chosen on validation data, of its own and this package's."""
+    methods: dict[str, Method] = {}
+    absent: dict[str, str] = {}
+    problem = import_problem()
+
+    def add(
+        name: str, title: str, needs: tuple[Need, ...], options: dict[str, Any], sweep: dict[str, list[Any]]
+    ) -> None:
+        searched = name + "-search" if sweep else name
+        needs = (*needs, "validation") if sweep else needs
+        lacking = problem or (name in BASELINES and anatomy.cannot_run(name)) or anatomy.lacks(needs)
+        if name == "odin" and anatomy.channels != 3:
+            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {anatomy.channels}"
+        if lacking:
+            absent[searched] = lacking
+            return
+        decisive = {**options, **anatomy.fingerprints(needs)}
+        methods[searched] = Method(
+            searched,
+            f"{title}, searched" if sweep else title,
+            "openood-sandi" if name in OWN_SEARCHED else "OpenOOD",
+            {**decisive, "searched": sweep} if sweep else decisive,
+            functools.partial(_build, name=name, options=options, sweep=sweep),
+        )
+
+    for name, baseline in BASELINES.items():
+        options, sweep = anatomy.options(name)
+        add(name, baseline.title, baseline.needs, options, {})
+        if math.prod(map(len, sweep.values())) > 1:
+            add(name, baseline.title, baseline.needs, options, sweep)
+    for name, (title, needs) in OWN_SEARCHED.items():
+        if problem:
+            absent[f"{name}-search"] = problem
+        else:
+            settings = _own_settings(name)
+            add(name, title, needs, dict(settings.postprocessor_args), dict(settings.postprocessor_sweep))
+    return methods, absent
+
+
+@functools.cache
+def import_problem() -> str | None:
+    """Why OpenOOD cannot be imported, None if it can; ``$OPENOOD_HOME`` may name a checkout."""
+    openood_sandi.register()
+    home = os.environ.get("OPENOOD_HOME")
+    if home and home not in sys.path:
+        sys.path.append(home)  # last: a checkout has a package "tests" of its own
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import openood.evaluation_api  # noqa: F401
+    except Exception as error:  # OpenOOD imports much; whatever fails there, other libraries' methods remain
+        return f"OpenOOD does not import ({type(error).__name__}: {error}); OPENOOD_HOME may name a checkout"
+    return None
+
+
+def _own_settings(name: str) -> Any:
+    from openood.utils.config import Config
+
+    return Config(str(registry.config_file(name))).postprocessor
+
+
+# ---------------------------------------------------------------------------------------- running them
+
+
+def _build(
+    suite: Suite,
+    device: torch.device,
+    batch_size: int,
+    *,
+    name: str,
+    options: Mapping[str, Any],
+    sweep: Mapping[str, Any],
+) -> Scorer:
+    _require_openoods_device(device)
+    backbone = network = suite.network.to(device)
+    if name in BASELINES:
+        network = _with_interface(backbone, Anatomy(suite).image)
+        network = _wrapper(name)(Remembering(network) if sweep else network)
+    postprocessor = _postprocessor(name, suite, options, sweep)
+    loaders = _loaders(suite, batch_size)
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    # what OpenOOD prints is no part of a table
+    with current, frozen(backbone), contextlib.redirect_stdout(sys.stderr):
+        postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
+        if sweep:
+            _search(network, loaders, postprocessor)
+
+    def score(images: Tensor) -> tuple[Tensor, Tensor]:
+        # some ask for the gradient by the batch, which therefore is a tensor of their own
+        with current, frozen(backbone), torch.enable_grad():
+            pred, confidence = postprocessor.postprocess(network, images.detach())
+        return pred.detach(), -confidence.detach()
+
+    score.chosen = _chosen(postprocessor, sweep)  # type: ignore[attr-defined]
+    return score
+
+
+def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: Any) -> None:
+    """The search of OpenOOD's Evaluator: of all values, those of the best AUROC on validation images."""
+    from openood.evaluation_api import Evaluator
+
+    evaluator = Evaluator.__new__(Evaluator)  # its constructor reads the data sets it knows
+    evaluator.net, evaluator.postprocessor = network, postprocessor
+    evaluator.dataloader_dict = {"id": {"val": loaders["val"]}, "ood": {"val": loaders["val-ood"]}}
+    evaluator.hyperparam_search()
+
+
+def _chosen(postprocessor: Any, sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the search has chosen, by option; OpenOOD's own with one option give it without a list."""
+    if not sweep:
+        return {}
+    values = postprocessor.get_hyperparam()
+    return dict(zip(sweep, values if isinstance(values, list) else [values], strict=True))
+
+
+def _require_openoods_device(device: torch.device) -> None:
+    if device.type != "cuda" and torch.cuda.device_count():
+        raise ValueError(
+            f"OpenOOD's methods run on the GPU where there is one, not on {device}; "
+            'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
+        )
+
+
+def _with_interface(net: nn.Module, image: Tensor) -> nn.Module:
+    """OpenOOD's networks are used as they are, where they have all that its postprocessors call."""
+    complete = all(hasattr(net, name) for name in ("fc", "get_fc", "get_fc_layer", "intermediate_forward", "avgpool"))
+    if type(net).__module__.startswith("openood.") and complete:
+        return net
+    return OpenOODNetwork(net, image).eval()
+
+
+def _wrapper(name: str) -> Callable[[nn.Module], nn.Module]:
+    """The network that OpenOOD's Evaluator puts around the backbone for some methods."""
+    from openood.evaluation_api import evaluator
+
+    wrappers: dict[str, Callable[[nn.Module], nn.Module]]
+    wrappers = {"react": evaluator.ReactNet, "ash": evaluator.ASHNet, "scale": evaluator.ScaleNet}
+    return wrappers.get(name, lambda net: net)
+
+
+def _postprocessor(name: str, suite: Suite, options: Mapping[str, Any], sweep: Mapping[str, Any]) -> Any:
+    from openood.evaluation_api.postprocessor import postprocessors
+    from openood.postprocessors.info import num_classes_dict
+    from openood.utils.config import Config
+
+    num_classes_dict.setdefault(suite.name, suite.classes)  # OpenOOD looks its own data sets up there
+    config = Config(
+        dataset={"name": suite.name},
+        postprocessor={
+            "name": name,
+            "APS_mode": bool(sweep),
+            "postprocessor_args": dict(options),
+            "postprocessor_sweep": dict(sweep),
+        },
+    )
+    built = standins.require_real((registry.postprocessor_class(name) or postprocessors[name])(config))
+    if name == "odin":
+        built.input_std = list(suite.normalisation[1])  # the network's own, whatever the data set's name
+    return built
+
+
+class _Batches:
+    """An image set as OpenOOD's loaders give it: dictionaries of images and labels."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self._loader = images.loader(batch_size)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for images, labels in self._loader:
+            yield {"data": images, "label": labels}
+
+
+def _loaders(suite: Suite, batch_size: int) -> dict[str, _Batches]:
+    sets: dict[str, ImageSet | None] = {"train": suite.training}
+    if suite.validation is not None:
+        sets["val"], sets["val-ood"] = suite.validation
+    return {name: _Batches(images, batch_size) for name, images in sets.items() if images is not None}
