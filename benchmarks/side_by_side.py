@@ -125,6 +125,8 @@ class _Comparison:
                 try:
                     self._outcomes[-1][method.name] = Outcome(method, evaluation.scores(method))
                 except Exception as error:
+                    if distributed.world_size() > 1:
+                        raise  # the other ranks are waiting for this one's scores
                     self._fail(method, error)
 
     def measure(self) -> None:

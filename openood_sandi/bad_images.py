@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset, Subset, default_collate
 
-__all__ = ["Batch", "Collate", "Readable", "Unreadable", "UnreadableImage", "name_of", "record"]
+__all__ = ["Batch", "Collate", "Readable", "Unreadable", "UnreadableImage", "name_of", "name_without_score", "record"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ class UnreadableImage(RuntimeError):
 class Unreadable(NamedTuple):
     """An item that could not be read."""
 
-    index: int
-    """In the data set."""
+    number: int
+    """Its index in the data set."""
     name: str
     """Its file and line as far as the data set tells."""
     reason: str
@@ -128,11 +130,34 @@ def record(unreadable: Sequence[Unreadable], of: int, file: Path | None = None) 
         )
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f"{item.index}\t{item.name}\t{item.reason}\n" for item in unreadable))
+        file.write_text("".join(f"{item.number}\t{item.name}\t{item.reason}\n" for item in unreadable))
     shown = "; ".join(f"{item.name}: {item.reason}" for item in unreadable[:5])
     more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     where = f" (all in {file})" if file is not None else ""
     _log.warning("%d of %d images cannot be read and were left out: %s%s%s", len(unreadable), of, shown, more, where)
+
+
+def name_without_score(
+    scores: npt.NDArray[Any], dataset: Any, batches: Sequence[Any] | None, unreadable: Sequence[Unreadable]
+) -> None:
+    """Logs which images have the score NaN, as their own numbers, or the network's, are not finite.
+
+    Args:
+        scores: (N,), in the order of ``batches``, without those ``unreadable``.
+        dataset: what the images are items of.
+        batches: the indices of every batch; None if these are not known.
+    """
+    wrong = np.flatnonzero(np.isnan(scores))
+    if not len(wrong):
+        return
+    left_out = {item.number for item in unreadable}
+    indices = [int(index) for batch in batches or () for index in batch if int(index) not in left_out]
+    shown = [name_of(dataset, indices[place]) if indices else f"image {place}" for place in wrong[:5]]
+    more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    _log.warning(
+        "%d of %d images have no score (NaN), as they or the network's outputs are not finite: %s%s",
+        *(len(wrong), len(scores), "; ".join(shown), more),
+    )
 
 
 @contextmanager
@@ -142,7 +167,7 @@ def _truncated_images_refused() -> Iterator[None]:
     if pillow is None:
         yield
         return
-    before = pillow.LOAD_TRUNCATED_IMAGES  # type: ignore[attr-defined]
+    before = pillow.LOAD_TRUNCATED_IMAGES
     pillow.LOAD_TRUNCATED_IMAGES = False  # type: ignore[attr-defined]
     try:
         yield

@@ -79,8 +79,7 @@ def _is_number(value: object) -> bool:
 def eager_network(net: nn.Module) -> nn.Module:
     """The network inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
     if not isinstance(net, nn.Module):
-        what = f"the class {net.__name__}" if isinstance(net, type) else f"of type {type(net).__name__}"
-        raise TypeError(f"net is {what}, expected an eager torch.nn.Module")
+        raise TypeError(f"net is {_kind(net)}, expected an eager torch.nn.Module")
     while True:
         compiled = getattr(net, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -103,7 +102,7 @@ def eager_network(net: nn.Module) -> nn.Module:
 
 def require_images(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x is of type {type(x).__name__}, expected a tensor of images (B, C, H, W)")
+        raise TypeError(f"x is {_kind(x)}, expected a tensor of images (B, C, H, W)")
     if x.dim() != 4 or not x.is_floating_point() or x.layout != torch.strided:
         raise ValueError(
             f"x is {_describe(x)}, expected a dense floating-point tensor of images (B, C, H, W), normalised as those "
@@ -159,7 +158,7 @@ def warn_of_range(x: Tensor) -> None:
 def not_finite(net: nn.Module, x: Tensor) -> list[str]:
     """For each of the images ``x`` (B, C, H, W) whose logits are not finite, where NaN or infinity comes from."""
     found: list[str] = []
-    for number, image in enumerate(x.detach().split(1)):
+    for number, image in enumerate(torch.split(x.detach(), 1)):
         first: list[str] = []
 
         def note(name: str, output: object, first: list[str] = first) -> None:
@@ -188,16 +187,20 @@ def _hooks(
     handles = []
     try:
         for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: void(enter(name, args))))
-            handles.append(module.register_forward_hook(lambda _, args, out, name=name: void(leave(name, out))))
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: _void(enter(name, args))))
+            handles.append(module.register_forward_hook(lambda _, args, out, name=name: _void(leave(name, out))))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def void(_: object) -> None:
+def _void(_: object) -> None:
     """Nothing, which as a hook's result changes nothing."""
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
 
 
 def _label(net: nn.Module, name: str) -> str:

@@ -74,15 +74,16 @@ def take_own_gpu() -> None:
         torch.cuda.set_device(device)
 
 
-def gather(value: T, patience: timedelta = timedelta()) -> list[T]:
+def gather(what: str, value: T, patience: timedelta = timedelta()) -> list[T]:
     """The ``value`` of every rank, in their order, on every rank.
 
     Args:
+        what: what the value is, for messages, and the same on all ranks.
         value: anything that can be pickled.
         patience: how long to wait for the others; :data:`PATIENCE` at least.
 
     Raises:
-        RuntimeError: another rank has died or has not come by then; the message says which.
+        RuntimeError: another rank has died, has not come by then, or gives something else; the message says which.
     """
     if world_size() == 1:
         return [value]
@@ -92,17 +93,23 @@ def gather(value: T, patience: timedelta = timedelta()) -> list[T]:
         dist.monitored_barrier(group, patience, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {rank()} of {world_size()} has waited for the others' scores in vain, for up to {patience}; the "
+            f"rank {rank()} of {world_size()} has waited for the others' {what} in vain, for up to {patience}; the "
             f"rank that failed tells why in an error of its own: {error}"
         ) from error
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    given: list[Any] = [None] * world_size()
+    dist.all_gather_object(given, (what, value), group=group)
+    for other, (theirs, _) in enumerate(given):
+        if theirs != what:
+            raise RuntimeError(
+                f"rank {rank()} gives its {what}, but rank {other} its {theirs}: one has gone on after an error, or "
+                "the script does not do the same on all ranks"
+            )
+    return [value for _, value in given]
 
 
-def broadcast(value: T) -> T:
-    """Rank 0's ``value``, on every rank."""
-    return gather(value if rank() == 0 else None)[0]  # type: ignore[return-value]
+def broadcast(what: str, value: T) -> T:
+    """Rank 0's ``value``, on every rank; see :func:`gather`."""
+    return gather(what, value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Found with forward hooks in one pass, from what the modules return and never fro
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,8 +119,8 @@ class Penultimate:
 def stages(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     """Names of the modules that end the stages of ``net``, in call order, seen on the first of the images ``x``.
 
-    A stage ends where the resolution changes: at each of the resolutions of the feature maps (B, C, H, W), the last
-    map that a module as far out as any returns ("layer2" to "layer4" of a ResNet, rather than what they consist
+    A stage ends where the resolution is halved: of the feature maps (B, C, H, W) at about the same resolution, the last
+    one that a module as far out as any returns ("layer2" to "layer4" of a ResNet, rather than what they consist
     of). Maps are told from other tensors by the images' aspect ratio. A network whose maps have one resolution, as a
     vision transformer's, has the members of its longest row of modules of one class instead
     ("encoder.layers.encoder_layer_9" to "_11").
@@ -155,13 +156,14 @@ def _calls(net: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], _Calls]:
 
 
 def _by_resolution(calls: _Calls, image: Sequence[int]) -> list[str]:
-    last: dict[tuple[int, ...], tuple[int, int, str]] = {}  # resolution: depth, place, name
+    last: dict[int, tuple[int, int, str]] = {}  # halvings of the image: depth, place, name
     for place, (name, shape) in enumerate(calls):
-        resolution, depth = shape[2:], name.count(".")
-        if len(shape) == 4 and resolution != (1, 1):
-            strides = sorted((image[0] / resolution[0], image[1] / resolution[1]))
-            if strides[1] <= 2 * strides[0] and depth <= last.get(resolution, (depth,))[0]:
-                last[resolution] = (depth, place, name)
+        depth = name.count(".")
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            strides = sorted((image[0] / shape[2], image[1] / shape[3]))
+            halvings = round(math.log2(strides[0] * strides[1]) / 2)  # padding is no stage of its own
+            if strides[1] <= 2 * strides[0] and depth <= last.get(halvings, (depth,))[0]:
+                last[halvings] = (depth, place, name)
     return [name for _, _, name in sorted(last.values(), key=lambda stage: stage[1])]
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Set
+from importlib import metadata
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -24,8 +25,8 @@ from torch.utils.data import Subset, TensorDataset
 
 __all__ = ["Indescribable", "arithmetic", "code", "images", "network", "state"]
 
-#: Packages that :func:`code` tells by their versions.
-_VERSIONED = ("torch", "torchvision", "numpy", "PIL")
+#: Packages that :func:`code` tells by their versions, and the names that these are installed under.
+_VERSIONED = {"torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "PIL": "pillow"}
 #: What every module has beside weights, submodules and hooks.
 _BOOKKEEPING = {*vars(nn.Module())} - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -80,8 +81,8 @@ def state(values: Mapping[str, object]) -> str:
 def code() -> str:
     """Digest of this package's source files and of the versions of Python, torch and what reads images."""
     digest = hashlib.sha256(sys.version.encode())
-    for name in _VERSIONED:  # what is not imported decides nothing
-        digest.update(f"{name} {getattr(sys.modules.get(name), '__version__', None)}\n".encode())
+    for name in _VERSIONED.values():
+        digest.update(f"{name} {_version(name)}\n".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
@@ -95,6 +96,13 @@ def arithmetic(device: torch.device) -> list[object]:
         autocast = torch.is_autocast_enabled() if device.type == "cuda" else torch.is_autocast_cpu_enabled()
     tf32 = torch.backends.cudnn.allow_tf32
     return [autocast, tf32, torch.get_float32_matmul_precision(), str(torch.get_default_dtype())]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _dataset(dataset: Any) -> object:

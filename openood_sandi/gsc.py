@@ -12,6 +12,10 @@ rests on a few sensitive coordinates collapses.
 The last layer is required to be linear, f(F) = W F + b. Then g = W_c for every image, nothing needs differentiating,
 and the first order is exact. Deviations: the share of coordinates, ``mask_ratio``, has a default of our own choosing,
 to be set on validation data; the predicted class stays the unmodified network's.
+
+A caution: on the CIFAR-10 ResNet-20 that we measured, the larger the share, the worse. AUROC of 1000 + 1000 validation
+images (CIFAR-10, TinyImageNet): 90.1 % for the energy itself, 89.2 % with 2 % of the coordinates removed, 72.7 % with
+10 %.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class GradientShortCircuit:
         ValueError: an option is out of range; at the first batch, if the last layer is not linear.
     """
 
-    def __init__(self, net: nn.Module, *, mask_ratio: float = 0.1, score: str = "energy") -> None:
+    def __init__(self, net: nn.Module, *, mask_ratio: float = 0.02, score: str = "energy") -> None:
         if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, (int, float)) or not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio={mask_ratio!r}: expected a share, from 0 to 1")
         if score not in _SCORES:

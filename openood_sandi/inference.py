@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
 from openood_sandi import distributed, fingerprints
-from openood_sandi.bad_images import Batch, Collate, Readable, record
+from openood_sandi.bad_images import Batch, Unreadable, name_without_score, record
+from openood_sandi.batches import is_fixed, order_of, share_of
 from openood_sandi.score_cache import BatchScores, Entry, ScoreCache
 
 __all__ = ["Scorer", "infer"]
@@ -59,8 +59,9 @@ def infer(
         device: where ``score`` expects its images.
         cache: where finished batches are kept. It needs a loader whose order is fixed; with another one (shuffled,
             or a plain iterable) it is left unused, and the log says so.
-        key: with ``cache``, everything that decides the scores beside this package's code, the order of the images,
-            and the kind of device, which are added: the method and its options, the weights, the images.
+        key: names and values, such as JSON takes, of what decides the scores: the method and its options, the weights,
+            the images. This package's code, the order of the images and the kind of device are added. Needed with a
+            cache; ranks whose keys differ in anything but "images" are refused.
         progress: show a progress bar (on rank 0, and with tqdm installed).
         description: the bar's, and the data set's name in messages.
         unreadable: "stop" at an image that cannot be read, or "skip" it: it is then missing in the results, and named
@@ -72,36 +73,38 @@ def infer(
     Raises:
         ValueError: the loader gives no images, or ``cache`` comes without a ``key``.
         openood_sandi.bad_images.UnreadableImage: an image cannot be read, or with "skip" none can.
-        RuntimeError: another rank has failed.
+        RuntimeError: another rank has failed, or scores something else.
     """
     distributed.join()
     device = torch.device(device)
-    order = _order(loader)
+    order = order_of(loader)
     entry = _entry(cache, key, loader, order, device, unreadable, description)
     found: dict[int, BatchScores] = {}
-    for elsewhere in distributed.gather(entry.found if entry else {}):
+    task = _task(key, order)
+    for theirs, elsewhere in distributed.gather("task", (task, entry.found if entry else {})):
+        _require_same(theirs, task)
         found |= elsewhere  # ranks may be on machines with folders of their own
 
     started = time.monotonic()
     count = len(order or ())
     scored: dict[int, BatchScores] = {}
-    pending: list[tuple[int, tuple[Tensor, ...], Batch]] = []
+    pending: list[tuple[int, tuple[Tensor, ...], tuple[Unreadable, ...]]] = []
 
     def settle() -> None:
-        for number, (pred, values, label), batch in pending:
-            scored[number] = BatchScores(_on_host(pred), _on_host(values), _on_host(label), batch.unreadable)
+        for number, (pred, values, label), unread in pending:
+            scored[number] = BatchScores(_on_host(pred), _on_host(values), _on_host(label), unread)
         pending.clear()
         if entry and entry.due:
             entry.write(scored)
 
     try:
         shown = functools.partial(_shown, progress=progress, description=description)
-        for number, batch, mine in _share(loader, order, found, device, unreadable, shown):
+        for number, batch, mine in share_of(loader, order, found, device, unreadable, shown):
             count = max(count, number + 1)
             if mine or number == 0:
                 results = _scored(score, batch, device)
                 if mine:
-                    pending.append((number, results, batch))
+                    pending.append((number, results, batch.unreadable))  # not the images
             if len(pending) == _KEPT_ON_DEVICE or (entry and entry.due):
                 settle()
     finally:  # after an error too: what is finished stays
@@ -109,15 +112,33 @@ def infer(
         if entry:
             entry.write(scored)
 
-    ranks = distributed.gather((count, scored), patience=timedelta(seconds=time.monotonic() - started))
-    if len({count for count, _ in ranks}) > 1:
-        raise RuntimeError(
-            f"ranks disagree on the number of batches ({', '.join(str(count) for count, _ in ranks)}); the script must "
-            "give each of them the same loader"
-        )
-    for _, elsewhere in ranks:
+    patience = timedelta(seconds=time.monotonic() - started)
+    for their_count, elsewhere in distributed.gather("scores", (count, scored), patience):
+        _require_same({"number of batches": their_count}, {"number of batches": count})
         found |= elsewhere
-    return _joined(found, entry, description)
+    pred, values, label = _joined(found, entry, description)
+    if distributed.rank() == 0:
+        unread = [image for number in found for image in found[number].unreadable]
+        name_without_score(values, getattr(loader, "dataset", None), order, unread)
+    return pred, values, label
+
+
+def _task(key: Mapping[str, object] | None, order: list[Any] | None) -> dict[str, object]:
+    """What a rank is about to do; files of the same images may have other dates on other machines."""
+    return {**{name: value for name, value in (key or {}).items() if name != "images"}, "order": _digest(order)}
+
+
+def _require_same(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    differing = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    if differing:
+        raise RuntimeError(
+            f"the ranks of torchrun share one task, but differ in {', '.join(differing)}; give all of them the same "
+            "network, options and loader (or start independent runs without torchrun)"
+        )
+
+
+def _digest(order: list[Any] | None) -> str:
+    return hashlib.sha256(repr(order).encode()).hexdigest()
 
 
 def _joined(
@@ -134,101 +155,6 @@ def _joined(
         file = entry.beside("unreadable.tsv") if main and entry else None
         record(result.unreadable, len(result.pred) + len(result.unreadable), file)
     return result.pred, result.score, result.label
-
-
-# ---------------------------------------------------------------------- the loader
-
-
-def _order(loader: Iterable[Any]) -> list[Any] | None:
-    """The indices of every batch, the same on all ranks; None if the loader cannot be asked for single batches."""
-    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return None
-    if distributed.world_size() > 1 and isinstance(getattr(loader.batch_sampler, "sampler", None), DistributedSampler):
-        raise ValueError(
-            "the loader has a DistributedSampler, which repeats images to give every rank as many; give all ranks the "
-            "loader that one process would have, and each scores its share of the batches"
-        )
-    # Through a loader, so that a shuffling sampler draws what it would draw for the images.
-    sampler, generator = loader.batch_sampler, loader.generator
-    order = list(DataLoader(_Indices(), batch_sampler=sampler, collate_fn=list, generator=generator))
-    return order if _is_fixed(loader) else distributed.broadcast(order)
-
-
-def _is_fixed(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's batches are the same ones each time, and in another process."""
-    sampler = loader.batch_sampler
-    return isinstance(sampler, (list, tuple)) or (
-        type(sampler) is BatchSampler and isinstance(sampler.sampler, (SequentialSampler, range, list, tuple))
-    )
-
-
-class _Indices(Dataset[Any]):
-    """Every index is its own item."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return index
-
-
-def _share(
-    loader: Any,
-    order: list[Any] | None,
-    found: Mapping[int, BatchScores],
-    device: torch.device,
-    unreadable: str,
-    shown: Callable[[Any], Iterable[Any]],
-) -> Iterator[tuple[int, Batch, bool]]:
-    """(number, batch, whether its results are this rank's to give): its share of the batches and, ahead, the first."""
-    rank, ranks = distributed.rank(), distributed.world_size()
-    if order is None:
-        for number, batch in enumerate(shown(loader)):
-            yield number, Batch(_images_and_labels(batch), ()), number % ranks == rank
-        return
-    share = [number for number in range(len(order)) if number not in found][rank::ranks]
-    if share:
-        numbers = share if share[0] == 0 else [0, *share]
-        batches = shown(_subset(loader, [order[number] for number in numbers], device, unreadable))
-        for number, batch in zip(numbers, batches, strict=True):
-            yield number, batch, number == share[0] or number != 0
-
-
-def _subset(loader: DataLoader[Any], batches: list[Any], device: torch.device, unreadable: str) -> DataLoader[Any]:
-    """A loader of the given batches, which names unreadable images and is as ``loader`` in everything else."""
-    return DataLoader(
-        Readable(loader.dataset, unreadable),
-        batch_sampler=batches,
-        collate_fn=Collate(_Needed(loader.collate_fn)),
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory or device.type == "cuda",
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-    )
-
-
-class _Needed:
-    """A ``collate_fn`` that keeps images and labels only: what else a batch has need not leave the worker."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        return _images_and_labels(self.collate(items))
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Mapping) and {"data", "label"} <= batch.keys():
-        images, label = batch["data"], batch["label"]
-    elif isinstance(batch, Sequence) and len(batch) == 2:
-        images, label = batch
-    else:
-        names = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        raise TypeError(
-            f"the loader gives batches that are {type(batch).__name__}{names}; expected "
-            "{'data': images (B, C, H, W), 'label': classes (B,)} or a pair of both"
-        )
-    return images, torch.as_tensor(label)
 
 
 def _shown(batches: Any, progress: bool, description: str) -> Iterable[Any]:
@@ -285,7 +211,7 @@ def _entry(
         return None
     if key is None:
         raise ValueError("a cache needs a key: what decides the scores, as the method, its options and the weights")
-    if order is None or not _is_fixed(loader):
+    if order is None or not is_fixed(loader):
         why = "is not a DataLoader over a map-style data set" if order is None else "gives its images in a random order"
         if distributed.rank() == 0:
             _log.warning("the score cache is left unused%s: the loader %s", description and f" for {description}", why)
@@ -293,9 +219,9 @@ def _entry(
     whole = {
         **key,
         "code": fingerprints.code(),
-        "order": hashlib.sha256(repr(order).encode()).hexdigest(),
+        "order": _digest(order),
         "device": device.type,
         "arithmetic": fingerprints.arithmetic(device),
         "unreadable": unreadable,
     }
-    return cache.entry(distributed.broadcast(whole))
+    return cache.entry(distributed.broadcast("key", whole))

@@ -6,6 +6,7 @@ conf = -score, as OpenOOD takes a large confidence for in-distribution.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import itertools
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from openood_sandi import fingerprints
+from openood_sandi import distributed, fingerprints
 from openood_sandi.detector import SandI
 from openood_sandi.gsc import GradientShortCircuit
 from openood_sandi.inference import infer
@@ -120,19 +121,20 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         """
         detector = self.detector(net)
         device = next(itertools.chain(net.parameters(), net.buffers())).device
-        cache, key = self._cache(net, data_loader)
+        key = self._key(net, data_loader)
+        cache = ScoreCache(Path(self.run["cache_dir"]).expanduser()) if key and self.run["cache_dir"] else None
         pred, score, label = infer(
             detector, data_loader, device, cache=cache, key=key, progress=progress, unreadable=self.run["unreadable"]
         )
         return pred, -score, label
 
-    def _cache(self, net: nn.Module, data_loader: Any) -> tuple[ScoreCache | None, dict[str, object]]:
-        """The score cache of ``cache_dir`` and everything that decides the scores; None if that cannot be told."""
-        if not self.run["cache_dir"]:
-            return None, {}
+    def _key(self, net: nn.Module, data_loader: Any) -> dict[str, object] | None:
+        """Everything that decides the scores, where a cache or other ranks ask for it; None if it cannot be told."""
+        if not self.run["cache_dir"] and not distributed.launched():
+            return None
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
         try:
-            key: dict[str, object] = {
+            return {
                 "method": type(self).__qualname__,
                 "options": self.options,
                 "fitted": fingerprints.state(fitted),
@@ -140,9 +142,9 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
                 "images": fingerprints.images(getattr(data_loader, "dataset", data_loader)),
             }
         except fingerprints.Indescribable as error:
-            _log.warning("the score cache is left unused: %s", error)
-            return None, {}
-        return ScoreCache(Path(self.run["cache_dir"]).expanduser()), key
+            if self.run["cache_dir"]:
+                _log.warning("the score cache is left unused: %s", error)
+            return None
 
     def detector(self, net: nn.Module) -> Detector:
         """The detector with the present options on ``net``.
@@ -176,8 +178,9 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
             raise ValueError(f"{method} has no option {name!r}. Did you mean: {', '.join(near)}?")
         kind = type(settable[name])
         try:
-            if kind is float and not isinstance(value, bool):
-                value = float(value)  # YAML reads 0 as an integer and 1e-3 as a string
+            if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+                with contextlib.suppress(ValueError, OverflowError):
+                    value = float(value)  # YAML reads 0 as an integer and 1e-3 as a string
             if not isinstance(value, kind) and not (name in _NAMES and isinstance(value, list)):
                 raise TypeError(f"{name}={value!r}: expected {_KINDS[kind]}")
             self.method(nn.Identity(), **{name: value})  # reads no images, but checks the value

@@ -1,7 +1,7 @@
 """Finished scores on disk: an interrupted run goes on where it was and gives, byte for byte, what it would have given.
 
 A cache is a folder of ``<key>.<checksum>.npz`` files, flat, without pickle. The key stands for everything that decides
-the scores (weights, options, images, code), so scores made otherwise are never found. The checksum is that of the
+the scores (weights, options, images, code), so scores made otherwise are never used. The checksum is that of the
 whole file. A file appears under its name when it is complete and on disk, never before; it is never changed, and it
 is removed only when another one holds what it held. So a kill at any moment loses at most what was not written yet,
 several processes may share a folder without locks, and bytes that changed on disk are not mistaken for scores.
@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: Hexadecimal digits of SHA-256 that a file's name has of its key, and of its own bytes: 128 bits each.
 _DIGITS = 32
+#: A value in a key that is a digest: of the weights, the images, the code.
+_DIGEST = re.compile("[0-9a-f]{64}")
 #: Seconds after which an unfinished file is taken for the remains of a killed process.
 _ABANDONED = 3600.0
 
@@ -93,7 +96,8 @@ class Entry:
 
     def __init__(self, folder: Path, key: str, seconds: float) -> None:
         self.folder, self.key, self.seconds = folder, key, seconds
-        self._stem = hashlib.sha256(key.encode()).hexdigest()[:_DIGITS]
+        self._question = _checksum(_without_digests(key).encode())[: _DIGITS // 2]
+        self._stem = self._question + _checksum(key.encode())[_DIGITS // 2 :]
         self._own: Path | None = None
         self._works = True
         self._last = time.monotonic()
@@ -102,7 +106,7 @@ class Entry:
         for path in self._files():
             self.found |= self._read(path)
         if not self.found:
-            _tell_nearest(folder, key)
+            self._tell_nearest()
 
     def beside(self, suffix: str) -> Path | None:
         """The path of a file about these scores, None where nothing can be written."""
@@ -173,9 +177,33 @@ class Entry:
             _log.warning("the score cache's %s is not of its kind, so its images are scored again: %s", path, error)
             return {}
 
+    def _tell_nearest(self) -> None:
+        """Log which file for the same method and options has the most similar key, and in what it differs."""
+        wanted: dict[str, object] = json.loads(self.key)
+        nearest: tuple[list[str], Path] | None = None
+        for path in self.folder.glob(f"{self._question}*.npz"):
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    other = json.loads(str(arrays["key"]))
+                differing = sorted(name for name in {*wanted, *other} if wanted.get(name) != other.get(name))
+            except Exception:  # whatever a damaged file makes zipfile and numpy raise; nobody asked for it
+                continue
+            if nearest is None or len(differing) < len(nearest[0]):
+                nearest = differing, path
+        if nearest is not None:
+            differing, path = nearest
+            # Another network or data set is nothing to wonder about; that the code has changed may be.
+            level = logging.WARNING if differing == ["code"] else logging.INFO
+            _log.log(level, "the score cache's %s has other %s and is not used", path, ", ".join(differing))
+
 
 def _checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:_DIGITS]
+
+
+def _without_digests(key: str) -> str:
+    items: dict[str, object] = json.loads(key)
+    return json.dumps({name: value for name, value in items.items() if not _DIGEST.fullmatch(str(value))})
 
 
 def _pack(key: str, batches: Mapping[int, BatchScores]) -> bytes:
@@ -228,20 +256,3 @@ def _write_durably(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _tell_nearest(folder: Path, key: str) -> None:
-    """Log, for a key without scores, which file has the most similar key and in what the two differ."""
-    wanted: dict[str, object] = json.loads(key)
-    nearest: tuple[list[str], Path] | None = None
-    for path in folder.glob("*.npz"):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                other = json.loads(str(arrays["key"]))
-            differing = sorted(name for name in {*wanted, *other} if wanted.get(name) != other.get(name))
-        except Exception:  # not ours to complain about: it has another name than our files have
-            continue
-        if nearest is None or len(differing) < len(nearest[0]):
-            nearest = differing, path
-    if nearest is not None:
-        _log.info("no scores in %s for this; %s has other %s", folder, nearest[1].name, ", ".join(nearest[0]))

@@ -29,8 +29,13 @@ class OpenOODFinder:
     ) -> "ModuleSpec | None":
         if fullname != "openood" and not fullname.startswith("openood."):
             return None
-        from openood_sandi import plugin
-
+        try:
+            from openood_sandi import plugin
+        except Exception as error:  # a package that is half removed must not take OpenOOD with it
+            sys.meta_path.remove(OpenOODFinder)
+            reason = f"{type(error).__name__}: {error}"
+            print(f"openood-sandi is left out: openood_sandi.plugin does not load ({reason})", file=sys.stderr)
+            return None
         return plugin.find_openood(fullname, path, target)
 
 

@@ -9,6 +9,7 @@ that are not OpenOOD's never notice. Errors go to standard error on every rank. 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import itertools
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openood_sandi import distributed
+from openood_sandi import distributed, fingerprints
 from openood_sandi.cpu import called_by_openood
 from openood_sandi.inference import infer
 
@@ -81,7 +82,8 @@ def share_inference(postprocessor: Any) -> None:
     """Have OpenOOD's ``BasePostprocessor``, and so each of its methods, score a share of the batches."""
 
     def inference(self: Any, net: Any, data_loader: Any, progress: bool = True) -> Any:
-        return infer(functools.partial(self.postprocess, net), data_loader, _device(net), progress=progress)
+        score = functools.partial(self.postprocess, net)
+        return infer(score, data_loader, _device(net), key=_key(self, net), progress=progress)
 
     postprocessor.inference = functools.wraps(postprocessor.inference)(inference)
 
@@ -99,7 +101,7 @@ def share_evaluation(module: Any) -> None:
     def data_setup(*args: Any, **kwargs: Any) -> None:
         if int(os.environ["LOCAL_RANK"]) == 0:
             fetch(*args, **kwargs)
-        distributed.gather(None, patience=_DOWNLOAD)
+        distributed.gather("data", None, _DOWNLOAD)
         if int(os.environ["LOCAL_RANK"]) > 0:
             fetch(*args, **kwargs)
 
@@ -116,6 +118,15 @@ def share_evaluation(module: Any) -> None:
     evaluator.__init__ = __init__
     evaluator._classifier_inference = functools.wraps(evaluator._classifier_inference)(classifier_inference)
     module.data_setup = data_setup
+
+
+def _key(postprocessor: Any, net: Any) -> dict[str, object]:
+    """What ranks that share a task have in common, as far as it can be told."""
+    key: dict[str, object] = {"method": type(postprocessor).__qualname__}
+    nets = net.values() if isinstance(net, dict) else [net]
+    with contextlib.suppress(fingerprints.Indescribable):
+        key["network"] = [fingerprints.network(each) for each in nets]
+    return key
 
 
 def _device(net: Any) -> torch.device:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -68,6 +69,21 @@ def share(out: Path) -> None:
         assert "give all ranks the loader that one process would have" in str(error)
     else:
         raise AssertionError("a DistributedSampler was not refused")
+    for differing, options in (
+        ("weights", {"key": {"weights": distributed.rank()}}),
+        ("order", {"data": runs.loader(batch_size=5 + distributed.rank())}),
+        ("number of batches", {"data": dictionaries()[distributed.rank() :]}),
+    ):
+        try:
+            run(Linear(), **options)
+        except RuntimeError as error:
+            assert f"share one task, but differ in {differing}; give" in str(error), error
+        else:
+            raise AssertionError(f"ranks that differ in {differing} were not refused")
+    score = Linear()
+    run(score)
+    mine = list(range(10))[distributed.rank() :: distributed.world_size()]
+    assert score.batches() == ([] if mine[0] == 0 else [0]) + mine
     flat = {f"{name}/{column}": array for name, found in results().items() for column, array in enumerate(found)}
     np.savez(out / f"{distributed.rank()}.npz", **flat)
 
@@ -89,6 +105,19 @@ def fail(out: Path) -> None:
         return score(x)
 
     run(failing, out / "cache")
+
+
+def go_on(out: Path) -> None:
+    """Rank 0 takes an error of its own for nothing and goes on to the next set."""
+
+    def failing(x: Tensor) -> tuple[Tensor, Tensor]:
+        if distributed.rank() == 0:
+            raise ArithmeticError
+        return Linear()(x)
+
+    with contextlib.suppress(ArithmeticError):
+        run(failing)
+    run(Linear())
 
 
 def die(out: Path) -> None:

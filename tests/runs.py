@@ -14,7 +14,7 @@ from openood_sandi.inference import infer
 from openood_sandi.score_cache import ScoreCache
 
 IMAGES, BATCH = 37, 4  # the last batch has one image
-KEY = {"method": "linear", "weights": "0"}
+KEY = {"method": "linear", "weights": "0" * 64}
 
 
 def images(count: int = IMAGES) -> TensorDataset:
@@ -52,8 +52,9 @@ class Linear:
 
 
 def run(score: Any, folder: Path | None = None, data: Any = None, seconds: float = 10.0, **options: Any) -> Any:
-    cache = {} if folder is None else {"cache": ScoreCache(folder, seconds), "key": KEY}
-    return infer(score, loader() if data is None else data, "cpu", progress=False, **cache, **options)
+    if folder is not None:
+        options = {"cache": ScoreCache(folder, seconds), "key": KEY, **options}
+    return infer(score, loader() if data is None else data, "cpu", progress=False, **options)
 
 
 def as_bytes(result: Any) -> list[tuple[str, bytes]]:

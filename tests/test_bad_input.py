@@ -47,7 +47,6 @@ IMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "grey images": (torch.zeros(2, 1, 16, 16).double(), ("(2, 1, 16, 16)", "'stem' (Conv2d)", "(8, 3, 3, 3)")),
     "channels last": (torch.zeros(2, 16, 16, 3).double(), ("to have 3 channels, but got 16", "(B, C, H, W)")),
     "no pixels": (torch.zeros(2, 3, 0, 16).double(), ("(2, 3, 0, 16)",)),
-    "another device": (torch.zeros(2, 3, 16, 16, device="meta").double(), ("meta",)),
 }
 
 

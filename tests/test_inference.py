@@ -104,6 +104,13 @@ def test_torchrun_ends_with_the_error_of_a_rank_and_others_resume(tmp_path: Path
 def test_a_rank_that_is_lost_ends_the_others(case: Any, tmp_path: Path) -> None:
     """Also without torchrun, which would end them: as on another machine."""
     (code, error), (other, _) = forked(2, case, tmp_path)
-    assert code == 1 and "rank 0 of 2 has waited for the others' scores in vain" in error
+    assert code == 1 and "rank 0 of 2 has waited for the others' " in error
     assert other == {"fail": 1, "die": -9}.get(case.__name__, other)
     assert case is not rank_cases.hang or "Ranks 1 failed" in error
+
+
+def test_a_rank_that_goes_on_after_an_error_ends_the_run(tmp_path: Path) -> None:
+    """Its scores of the next set must not be taken for those of this one."""
+    errors = forked(2, rank_cases.go_on, tmp_path)
+    assert [code for code, _ in errors] == [1, 1]
+    assert any("gives its scores, but rank 0 its task: one has gone on after an error" in error for _, error in errors)

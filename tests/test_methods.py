@@ -22,6 +22,8 @@ from comparison.methods.baselines import BASELINES  # noqa: E402
 from comparison.methods.network import Anatomy, Blocks, OpenOODNetwork  # noqa: E402
 from comparison.suite import Suite  # noqa: E402
 
+from openood_sandi.gsc import GradientShortCircuit  # noqa: E402
+from openood_sandi.prototype_fusion import PrototypeFusion  # noqa: E402
 from tests import networks, tiny_suite  # noqa: E402
 from tests.surroundings import surroundings  # noqa: E402
 
@@ -50,6 +52,9 @@ def test_without_openood_the_same_names_come_from_pytorch_ood() -> None:
     assert {absent[name] for name in searches} == {"OpenOOD does not import"}
     assert not any(found[name].slow for name in methods.DEFAULT)
     assert found["vim"].options["dim"] == 16  # half the features, where OpenOOD's 256 are too many
+    for name, detector in (("gsc", GradientShortCircuit), ("prototype_fusion", PrototypeFusion)):
+        defaults = detector.__init__.__kwdefaults__
+        assert defaults.items() <= found[name].options.items()
 
 
 def test_what_lacks_images_is_not_offered() -> None:

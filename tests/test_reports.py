@@ -277,8 +277,8 @@ def test_the_papers_main_table_has_published_values_beside_measured_ones() -> No
     assert here[4:6] == [f"{measured.loc['tin', FPR_PAPER]:.2f}", f"{measured.loc['tin', 'AUROC']:.2f}"]
     mean = measured.loc[["tin", "texture"], "AUROC"].mean()
     assert here[-1] == f"{mean:.2f} (2 of 5)"
-    msp = [line for line in text.splitlines() if line.startswith("| MSP | ResNet-34, published")]
-    assert msp and msp[0].count("not at hand") == 12
+    msp = [line for line in text.splitlines() if line.startswith("| MSP | ResNet-34, WRN-40-2, published")]
+    assert len(msp) == 1 and msp[0].count("not at hand") == 12
 
 
 def test_ablations_are_the_settings_that_differ_in_the_option_alone() -> None:

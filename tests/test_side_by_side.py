@@ -1,4 +1,4 @@
-"""The comparison: the embedded benchmark's images and network, timing, and the command."""
+"""The comparison: timing, decoding, and the command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import pandas as pd  # noqa: E402
 import side_by_side  # noqa: E402
-from comparison import cost, digit_images, digits, methods, training  # noqa: E402
+from comparison import cost, decoding, digits, expense, methods, training  # noqa: E402
 from comparison.metrics import detection  # noqa: E402
 from comparison.suite import Suite  # noqa: E402
 from comparison.table import FPR_OPENOOD, FPR_PAPER  # noqa: E402
@@ -33,132 +33,6 @@ from comparison.table import FPR_OPENOOD, FPR_PAPER  # noqa: E402
 from openood_sandi import SandI  # noqa: E402
 
 QUICK = training.Recipe(widths=(4, 4, 8), blocks=1, epochs=1)
-OOD_SETS: dict[str, Callable[..., digit_images.Images]] = {
-    "letters": digit_images.letters,
-    "photos": digit_images.photo_patches,
-    "noise": digit_images.noise,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are too small to share, and threads that wait for a busy processor cost minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------- images
-
-
-def test_digits_are_split_half_and_half_by_class_without_overlap() -> None:
-    split = digit_images.digits()
-    counts = np.bincount(split.train_labels), np.bincount(split.test_labels)
-    assert sum(map(sum, counts)) == 1797 and np.abs(counts[0] - counts[1]).max() <= 1
-    assert not _as_set(split.train_images) & _as_set(split.test_images)
-
-
-@pytest.mark.parametrize("name", OOD_SETS)
-def test_ood_images_are_deterministic_like_digits_in_form_and_none_is_a_digit(name: str) -> None:
-    make, split = OOD_SETS[name], digit_images.digits()
-    images = make(300)
-    assert np.array_equal(images, make(300))
-    assert not np.array_equal(images, make(300, seed=1000))
-    assert images.shape == (300, 8, 8) and images.dtype == np.uint8 and images.max() <= 16
-    assert len(_as_set(images)) > 295  # hardly a repetition
-    assert not _as_set(images) & (_as_set(split.train_images) | _as_set(split.test_images))
-
-
-@pytest.mark.parametrize("name", ["letters", "noise"])
-def test_the_amount_of_ink_does_not_give_away(name: str) -> None:
-    images, inked = OOD_SETS[name](899), digit_images.digits().test_images
-    assert images.mean() == pytest.approx(inked.mean(), rel=0.05)
-    assert np.mean(images == 0) == pytest.approx(np.mean(inked == 0), rel=0.05)
-    assert np.mean(images == 16) == pytest.approx(np.mean(inked == 16), rel=0.05)
-
-
-def test_letters_fill_the_height_and_leave_the_margins_as_digits_do() -> None:
-    images = digit_images.letters(300)
-    assert images[:, 0].any(axis=1).all() and images[:, -1].any(axis=1).all()
-    assert not images[:, :, 0].any() and not images[:, :, -1].any()
-
-
-def test_photo_patches_show_something() -> None:
-    assert np.ptp(digit_images.photo_patches(300), axis=(1, 2)).min() >= 4
-
-
-def test_network_input_is_enlarged_and_normalised() -> None:
-    split = digit_images.digits()
-    pixels = digits.network_input(split.train_images)
-    assert pixels.shape == (898, 1, 16, 16) and pixels.dtype == torch.float32
-    expected = (8 - split.train_images.mean()) / split.train_images.std()
-    flat = digits.network_input(np.full((1, 8, 8), 8, dtype=np.uint8))
-    torch.testing.assert_close(flat, torch.full((1, 1, 16, 16), float(expected)))
-
-
-def _as_set(images: digit_images.Images) -> set[bytes]:
-    return {image.tobytes() for image in images}
-
-
-# ---------------------------------------------------------------- network and its cache
-
-
-@pytest.fixture
-def data() -> tuple[Tensor, Tensor]:
-    split = digit_images.digits()
-    return digits.network_input(split.train_images[:128]), torch.from_numpy(split.train_labels[:128])
-
-
-def test_training_is_cached_and_leaves_the_random_state(
-    data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = torch.get_rng_state()
-    first = training.trained(*data, QUICK, 0, tmp_path)
-    other_seed = training.trained(*data, QUICK, 1, tmp_path)
-    monkeypatch.setattr(training, "train", None)  # from here on only the cache can answer
-    again = training.trained(*data, QUICK, 0, tmp_path)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert _same_weights(first, again) and not _same_weights(first, other_seed)
-    assert not again.training and all(p.requires_grad for p in again.parameters())
-    images = data[0][:5]
-    assert torch.equal(first(images), again(images))
-
-
-@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty", "other network", "not an archive"])
-def test_a_damaged_cache_is_reported_and_replaced(data: tuple[Tensor, Tensor], tmp_path: Path, damage: str) -> None:
-    good = training.trained(*data, QUICK, 0, tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    at = content.index(good.fc.weight.detach().numpy().tobytes())
-    if damage == "other network":
-        torch.save(nn.Linear(2, 2).state_dict(), path)
-    else:
-        path.write_bytes(
-            {
-                "flipped bit": content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :],
-                "cut short": content[: len(content) // 2],
-                "empty": b"",
-                "not an archive": b"hello",
-            }[damage]
-        )
-    with pytest.warns(UserWarning, match=f"{path.name} is unusable"):
-        assert _same_weights(training.trained(*data, QUICK, 0, tmp_path), good)
-    assert _same_weights(training.trained(*data, QUICK, 0, tmp_path), good)  # and no warning now
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_cache_that_cannot_be_written_is_reported(data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    file = tmp_path / "a file"
-    file.touch()
-    with pytest.warns(UserWarning, match="Could not cache the network"):
-        net = training.trained(*data, QUICK, 0, file)
-    assert net(data[0]).shape == (128, 10)
-
-
-def _same_weights(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---------------------------------------------------------------- cost
@@ -186,6 +60,56 @@ def test_cost_is_scoring_time_over_forward_time(monkeypatch: pytest.MonkeyPatch,
     assert measured.forwards == pytest.approx((3.5, 3.5, 3.5))
     assert measured.images_per_second == pytest.approx(7 / (3.5 * seconds))
     assert scored - 1 == max(turns, int(np.ceil(cost.MIN_SECONDS / (4.5 * seconds))))  # one warms up
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1", b"\xff"])
+def test_a_damaged_measurement_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    scorers = iter([torch.relu, torch.abs])
+
+    def measured(key: str) -> expense.Expense:
+        images = torch.ones(50, 3, 4, 4)
+        device = torch.device("cpu")
+        return expense.Expenses(tmp_path).of({"key": key}, nn.Identity(), lambda: next(scorers), lambda: images, device)
+
+    first = measured("a")
+    assert first.batch_size == expense.CPU_BATCH and first.peak_bytes == 4 * 48 * expense.CPU_BATCH
+    assert measured("a") == first
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert measured("a").cost != first.cost  # a clock gives no time twice
+    with pytest.raises(StopIteration):
+        measured("b")
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("share, times", [(0.5, 1), (0.0, 3)], ids=["it fits", "it does not fit"])
+def test_images_are_decoded_once_for_all_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., Suite], share: float, times: int
+) -> None:
+    decoded: Counter[int] = Counter()
+
+    class Counting(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            decoded[index] += 1
+            return torch.full((1, 2, 2), float(index)), index
+
+    monkeypatch.setattr(decoding, "SHARE", share)
+    suite = load(0, None)
+    images = dataclasses.replace(suite.in_distribution, dataset=Counting(), fingerprint="counting")
+    decoder = decoding.Decoder(batch_size=3, workers=0)
+    for _ in range(3):  # networks
+        known = decoder.suite(dataclasses.replace(suite, in_distribution=images)).in_distribution
+        decoded.clear() if not decoded[6] else None  # it looks at the first image's size
+        batches = list(known.loader(3))
+        assert torch.equal(torch.cat([batch for batch, _ in batches])[:, 0, 0, 0], torch.arange(7.0))
+        assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
+    assert set(decoded.values()) == {times}
+    assert known.dataset.fingerprint == "counting"  # by which the score cache knows them
 
 
 # ---------------------------------------------------------------- the command

@@ -82,19 +82,22 @@ def _main(frame: pd.DataFrame, run: Run) -> Iterator[str]:
     networks = list(dict.fromkeys(published["network"]))
     rows = []
     for name in METHODS:
-        for network in networks:
-            values = published[(published["network"] == network) & (published["method"] == name)]
-            cells = {
-                (shown, metric): _published(values, shown, metric) for shown in (*sets, AVERAGE) for metric in COLUMNS
-            }
-            rows.append({("", "method"): name, ("", "network"): f"{network}, published", **cells})
-        rows.append(
-            {
-                ("", "method"): name,
-                ("", "network"): f"{run.suite.network_name}, here",
-                **_measured(frame, run, name, sets),
-            }
-        )
+        of_method = published[published["method"] == name]
+        known = [network for network in networks if network in set(of_method["network"])]
+        absent = [network for network in networks if network not in known]
+        # Networks without any value share a row.
+        for shown in [*([network] for network in known), *([absent] if absent else [])]:
+            values = of_method[of_method["network"].isin(shown)]
+            rows.append(
+                {("", "method"): name, ("", "network"): f"{', '.join(shown)}, published"}
+                | {
+                    (place, metric): _published(values, place, metric)
+                    for place in (*sets, AVERAGE)
+                    for metric in COLUMNS
+                }
+            )
+        here = {("", "method"): name, ("", "network"): f"{run.suite.network_name}, here"}
+        rows.append(here | _measured(frame, run, name, sets))
     yield f"### {title}: {run.suite.name}"
     if not networks:
         yield f"No published value for {run.suite.name} is at hand."
@@ -139,7 +142,10 @@ def _ablations(frame: pd.DataFrame, run: Run) -> Iterator[str]:
     if base is None:
         return
     for title, options in ABLATIONS.items():
-        alike = {_place(method, options): method for method in methods if _differing(method, base) <= set(options)}
+        alike: dict[tuple[object, ...], Method] = {}
+        for method in methods:  # of several names for the same settings the first
+            if _differing(method, base) <= set(options):
+                alike.setdefault(_place(method, options), method)
         rows = {place: _here(frame, method) for place, method in alike.items()}
         published = _published_ablation(run, title)
         if len(rows) > 1 or published:

@@ -130,6 +130,20 @@ def test_no_other_image_stands_in(damaged: Callable[..., Any]) -> None:
         Readable(halved)[BAD]
 
 
+def test_an_image_without_a_score_is_named(damaged: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    def no_score_for_5(images: Tensor) -> tuple[Tensor, Tensor]:
+        pred, values = score(images)
+        return pred, values.masked_fill(values == expected[5], float("nan"))
+
+    expected = torch.from_numpy(infer(score, DataLoader(damaged(remove), 1), "cpu", unreadable="skip")[1])
+    expected = torch.cat([expected[:BAD], torch.zeros(1), expected[BAD:]])
+    caplog.clear()
+    scores = infer(no_score_for_5, DataLoader(damaged(remove), 3), "cpu", progress=False, unreadable="skip")[1]
+    assert np.isnan(scores).tolist() == [False] * 4 + [True, False]
+    (told,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert "1 of 6 images" in told and "5.png" in told and "line 6 of its list" in told
+
+
 def test_a_set_of_nothing_but_unreadable_images(damaged: Callable[..., Any]) -> None:
     data = damaged(remove)
     data.data_dir = "/nowhere"

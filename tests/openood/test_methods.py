@@ -174,6 +174,19 @@ def test_search_for_this_packages_own(world: SimpleNamespace) -> None:
     assert best == next(ratio for ratio, value in auroc.items() if value == auroc[best])
 
 
+def test_what_needs_no_linear_last_layer_takes_any_network(checkout: Path) -> None:
+    network = nn.Sequential(tiny_suite.network(), nn.LogSoftmax(1)).eval()
+    data = tiny_suite.suite(network=network)
+    found, absent = available(data)
+    names = {"msp", "odin", "ebo", "mls", "gen", "gen-search", "odin-search"}
+    assert names <= found.keys() and {"ash", "ash-search", "rankfeat"} <= absent.keys()
+    batch, _ = next(iter(data.in_distribution.loader(100)))
+    for name in names:
+        pred, score = found[name].build(data, CPU, 30)(batch)
+        assert found[name].source == "OpenOOD" and score.isfinite().all()
+        assert torch.equal(pred, network(batch).argmax(1))
+
+
 # What pytorch-ood's confidence (-score) is of OpenOOD's; a missing name says that they are the same.
 RELATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gradnorm": lambda conf: conf / tiny_suite.CLASSES,  # a mean over classes, not a sum

@@ -79,7 +79,7 @@ def offer(suite: Suite, anatomy: Anatomy) -> Offer:
             add(name, f"S&I-{variant}, the paper's layers", _sandi, {**options, **layers})
         else:
             absent[name] = f"the paper does not say where to split {suite.network_name}"
-    add("gsc", "GSC", _gsc, {"mask_ratio": 0.1, "score": "energy"}, ("head",))
+    add("gsc", "GSC", _gsc, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
     add("prototype_fusion", "Prototype Fusion", _prototype_fusion, {"layers": "last_3"}, ("training",))
     return methods, absent
 

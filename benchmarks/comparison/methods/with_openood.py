@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ def offer(suite: Suite, anatomy: Anatomy) -> Offer:
         if problem:
             absent[f"{name}-search"] = problem
         else:
-            settings = _own_settings(name)
-            add(name, title, needs, dict(settings.postprocessor_args), dict(settings.postprocessor_sweep))
+            add(name, title, needs, *_own_options(name))
     return methods, absent
 
 
@@ -88,10 +88,14 @@ def import_problem() -> str | None:
     return None
 
 
-def _own_settings(name: str) -> Any:
+def _own_options(name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Options and sweep of a postprocessor of this package, from its yml file."""
     from openood.utils.config import Config
 
-    return Config(str(registry.config_file(name))).postprocessor
+    settings = Config(str(registry.config_file(name))).postprocessor
+    decisive = registry.postprocessor_class(name).settable()  # type: ignore[union-attr]
+    options = {option: value for option, value in settings.postprocessor_args.items() if option in decisive}
+    return options, dict(settings.postprocessor_sweep)
 
 
 # ---------------------------------------------------------------------------------------- running them
@@ -109,7 +113,8 @@ def _build(
     _require_openoods_device(device)
     backbone = network = suite.network.to(device)
     if name in BASELINES:
-        network = _with_interface(backbone, Anatomy(suite).image)
+        if "head" in BASELINES[name].needs:
+            network = _with_interface(backbone, Anatomy(suite).image)
         network = _wrapper(name)(Remembering(network) if sweep else network)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
@@ -119,15 +124,27 @@ def _build(
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
             _search(network, loaders, postprocessor)
+    if name in OWN_SEARCHED:
+        return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
     def score(images: Tensor) -> tuple[Tensor, Tensor]:
         # some ask for the gradient by the batch, which therefore is a tensor of their own
         with current, frozen(backbone), torch.enable_grad():
             pred, confidence = postprocessor.postprocess(network, images.detach())
-        return pred.detach(), -confidence.detach()
+        return pred.detach().to(images.device), -confidence.detach().to(images.device)
 
-    score.chosen = _chosen(postprocessor, sweep)  # type: ignore[attr-defined]
-    return score
+    return Searched(score, _chosen(postprocessor, sweep)) if sweep else score
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A scorer with the option values that OpenOOD's search has chosen."""
+
+    score: Scorer
+    chosen: Mapping[str, Any]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.score(images)
 
 
 def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: Any) -> None:
@@ -142,8 +159,6 @@ def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: 
 
 def _chosen(postprocessor: Any, sweep: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the search has chosen, by option; OpenOOD's own with one option give it without a list."""
-    if not sweep:
-        return {}
     values = postprocessor.get_hyperparam()
     return dict(zip(sweep, values if isinstance(values, list) else [values], strict=True))
 
