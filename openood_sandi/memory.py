@@ -92,7 +92,15 @@ def _size(images: float, lanes: float) -> str:
 
 
 # What torch, its libraries and the C++ runtime say when an allocation fails, beside exceptions of their own.
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN, which gives no reason
+    "could not create a memory",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
