@@ -297,7 +297,7 @@ class SandI:
         for split in splits:
             share = differing[split.site] / max(compared, 1)
             if share > _COINCIDENCE:
-                _give_up(gates, split, share)
+                _give_up(gates, split, share, relied=not first)
         self._gates = gates
 
     def _walk(
@@ -383,13 +383,16 @@ def _frozen(net: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _give_up(gates: dict[Site, Gate], split: Split, share: float) -> None:
+def _give_up(gates: dict[Site, Gate], split: Split, share: float, relied: bool = False) -> None:
+    """``relied``: scores of earlier images were read off the gate."""
     if gates.pop(split.site, None) is not None:
-        _log.info(
+        _log.log(
+            logging.WARNING if relied else logging.INFO,
             "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
-            "computing it from now on",
+            "computing it from now on%s",
             split.name,
             share,
+            "; earlier scores may be off by as much: rectifier_shortcut=False computes all" if relied else "",
         )
 
 

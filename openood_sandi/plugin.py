@@ -1,12 +1,13 @@
 """OpenOOD's seams: where names of postprocessors, yml files and the command line reach the entry points.
 
-OpenOOD has no plugin loader. Four of its modules are changed in memory as soon as they are executed, before
+OpenOOD has no plugin loader. Five of its modules are changed in memory as soon as they are executed, before
 any other module can import their functions by name; OpenOOD's files stay as they are:
 
 ========================================  ==============================================================
 ``openood.postprocessors.utils``          ``get_postprocessor`` of ``main.py`` knows the entry points
 ``openood.evaluation_api.postprocessor``  ``get_postprocessor`` of the ``Evaluator`` knows them too
 ``openood.evaluation_api.evaluator``      under ``torchrun`` only: ranks share the ``Evaluator``'s work
+``openood.networks.utils``                checkpoints that do not fit are told
 ``openood.utils.config``                  yml files that packages ship; ``--postprocessor NAME``
 ========================================  ==============================================================
 """
@@ -116,6 +117,12 @@ def _evaluator_registry(module: ModuleType) -> None:
     _replace(own, get_postprocessor)
 
 
+def _networks(module: ModuleType) -> None:
+    from openood_sandi import checkpoints
+
+    _replace(module.get_network, checkpoints.watched(module.get_network))
+
+
 def _evaluator(module: ModuleType) -> None:
     if _under_torchrun():
         from openood_sandi import torchrun
@@ -159,6 +166,7 @@ def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
 
 
 SEAMS: dict[str, Callable[[ModuleType], None]] = {
+    "openood.networks.utils": _networks,
     "openood.postprocessors.utils": _main_registry,
     "openood.evaluation_api.postprocessor": _evaluator_registry,
     "openood.evaluation_api.evaluator": _evaluator,

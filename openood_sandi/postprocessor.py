@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from openood_sandi import distributed, fingerprints
+from openood_sandi import checkpoints, distributed, fingerprints
 from openood_sandi.detector import SandI
 from openood_sandi.gsc import GradientShortCircuit
 from openood_sandi.inference import infer
@@ -151,12 +151,14 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
 
         Raises:
             TypeError: ``net`` is one of OpenOOD's dictionaries of networks.
+            ValueError: OpenOOD read it from a checkpoint that does not fit.
         """
         if isinstance(net, dict):
             raise TypeError(
                 f"{self.config.postprocessor.name} scores one classifier, but this OpenOOD network is "
                 f"a dictionary of {', '.join(net)}; choose a network that is a single module"
             )
+        checkpoints.require_whole(net)
         detector: Detector = self.method(net, **self.options)
         return detector
 

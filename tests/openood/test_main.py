@@ -29,6 +29,20 @@ OVERRIDES = ["--network.checkpoint", str(tiny.CHECKPOINT), "--num_gpus", "0"]
 LAST_STAGE = ["--postprocessor.postprocessor_args.splits", "last_stage"]  # less to compute than the default
 
 
+@pytest.mark.parametrize("postprocessor", ["sandi", "msp"])
+def test_a_checkpoint_that_does_not_fit(checkout: Path, tmp_path: Path, postprocessor: str) -> None:
+    state = torch.load(checkout / tiny.CHECKPOINT, map_location="cpu", weights_only=True)
+    other = {key.replace("layer4", "stage4"): tensor for key, tensor in state.items()}
+    torch.save(other, tmp_path / "other.ckpt")
+    arguments = ["--postprocessor", postprocessor, "--network.checkpoint", str(tmp_path / "other.ckpt")]
+    result = main(*arguments, "--mark", "misfit", cwd=checkout, check=False)
+    text = " ".join(result.stderr.split())
+    assert "does not fit the network 'resnet18_32x32': it has no 'layer4.0.conv1.weight'" in text
+    assert "but 'stage4.0.conv1.weight'" in text
+    # other people's methods run, as without this package
+    assert result.returncode == (1 if postprocessor == "sandi" else 0)
+
+
 def main(*arguments: str, cwd: Path, check: bool = True, script: str = "main.py", **variables: str) -> Any:
     """Run ``python main.py`` with the installed wheel."""
     python = installation.wheel_python()
