@@ -67,7 +67,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["openood_sandi", "openood_sandi.*"]),
     package_data={"openood_sandi": ["py.typed"]},
-    install_requires=["numpy", "torch>=2.2"],
+    install_requires=["numpy", "torch>=2.6"],
     extras_require={
         "openood": OPENOOD,
         "bench": BENCH,
