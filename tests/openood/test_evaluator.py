@@ -149,7 +149,7 @@ def test_changed_options_and_networks_take_effect(checkout: Path) -> None:
         ({"variant": "B"}, "variant='B': expected one of 'auto', 'Z', 'A'"),
         ({"steps": 2.5}, "steps=2.5: expected a whole number"),
         ({"splitting": "yes"}, "splitting='yes': expected True or False"),
-        ({"step_size": "small"}, "could not convert string to float: 'small'"),
+        ({"step_size": "small"}, "step_size='small': expected a number"),
         ({"feature": 4}, "feature=4: expected a string"),
     ],
 )
