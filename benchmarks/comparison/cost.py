@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MIN_TURNS = 7
+MAX_TURNS = 10_000
 MIN_SECONDS = 1.0  # a small network needs more turns for a steady median
 MAX_SECONDS = 60.0  # a slow method has fewer turns, but FEW at least
 FEW = 3
@@ -40,8 +41,8 @@ def measure(
     is done once for a network: memory, kernel choice, the detector's study of the network.
 
     Args:
-        turns: how many, 2 at least; by default ``MIN_TURNS``, more where these take less than ``MIN_SECONDS`` and fewer
-            where they take more than ``MAX_SECONDS``.
+        turns: how many, 2 at least; by default ``MIN_TURNS``, more (up to ``MAX_TURNS``) where these take less than
+            ``MIN_SECONDS`` and fewer where they take more than ``MAX_SECONDS``.
         clock: in seconds; ``time.perf_counter`` by default.
     """
     clock = clock or time.perf_counter
@@ -56,8 +57,10 @@ def measure(
 
     turn()
     taken: list[tuple[float, float]] = []
-    while not (len(taken) == turns if turns else _enough(len(taken), sum(map(sum, taken)))):
+    spent = 0.0
+    while not (len(taken) == turns if turns else _enough(len(taken), spent)):
         taken.append(turn())
+        spent += sum(taken[-1])
     ratios = [scoring / plain for plain, scoring in taken]
     # "inclusive" keeps the quartiles of a few turns among their values.
     lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -66,6 +69,8 @@ def measure(
 
 
 def _enough(turns: int, seconds: float) -> bool:
+    if turns >= MAX_TURNS:
+        return True
     return (turns >= MIN_TURNS and seconds >= MIN_SECONDS) or (turns >= FEW and seconds >= MAX_SECONDS)
 
 
