@@ -54,6 +54,7 @@ OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sa
     "tqdm",
 ]
 
+TESTING = ["build", "hypothesis", "pytest", "pytest-xdist", "pyyaml>=5.4.1", "safetensors", "setuptools>=77"]
 BENCH = ["matplotlib", "pandas", "pytorch-ood", "scikit-learn", "torchvision", "tqdm"]
 
 setup(
@@ -71,7 +72,7 @@ setup(
     extras_require={
         "openood": OPENOOD,
         "bench": BENCH,
-        "test": [*BENCH, "build", "hypothesis", "pytest", "pyyaml>=5.4.1", "safetensors", "setuptools>=77"],
+        "test": [*BENCH, *TESTING],
         "dev": ["mypy", "ruff"],
     },
     entry_points={

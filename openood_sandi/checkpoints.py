@@ -27,7 +27,9 @@ def watched(get_network: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @functools.wraps(get_network)
     def get_watched_network(config: Any) -> Any:
-        with _misfits_noted(f"the checkpoint {config.checkpoint!r} does not fit the network {config.name!r}"):
+        # a network made without pretrained weights need not name a file
+        checkpoint = getattr(config, "checkpoint", None)
+        with _misfits_noted(f"the checkpoint {checkpoint!r} does not fit the network {config.name!r}"):
             return get_network(config)
 
     return get_watched_network
