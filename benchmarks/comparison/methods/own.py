@@ -40,7 +40,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     # how to combine the gradients of Z
     "sandi-z-union": ("S&I-Z, union", {**Z, "combine": "union"}),
     "sandi-z-intersection": ("S&I-Z, intersection", {**Z, "combine": "intersection"}),
-    # how far to walk
+    # how far to walk: the step sizes of the authors' additional results, and far greater ones
+    "sandi-z-eta0.0005": ("S&I-Z, step 0.0005", {**Z, "step_size": 0.0005}),
+    "sandi-z-eta0.0015": ("S&I-Z, step 0.0015", {**Z, "step_size": 0.0015}),
+    "sandi-z-eta0.002": ("S&I-Z, step 0.002", {**Z, "step_size": 0.002}),
     "sandi-z-eta0.01": ("S&I-Z, step 0.01", {**Z, "step_size": 0.01}),
     "sandi-z-eta0.1": ("S&I-Z, step 0.1", {**Z, "step_size": 0.1}),
     "sandi-a-eta0.01": ("S&I-A, step 0.01", {**A, "step_size": 0.01}),
