@@ -133,7 +133,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("case", [c for c in networks.OPENOOD + networks.TORCHVISION if c.name in ENDS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in networks.OPENOOD + networks.TORCHVISION if c.name in ENDS], ids=lambda case: case.name
+)
 def test_stages_of_known_networks(case: networks.Case) -> None:
     size = 64 if case.name.startswith("mobilenet") else case.size  # room for five halvings
     assert stages(case.make().eval(), torch.randn(1, 3, size, size))[-3:] == ENDS[case.name]
