@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -117,7 +118,7 @@ class SandI:
         self._gates: dict[Site, Gate] | None = None
         self._call_names: tuple[str, ...] = ()
         self._unchecked = -1
-        self._mostly_blocked = False
+        self._mostly_untold = False
         self._bytes_per_pixel = 0.0
         self._room = Room()
 
@@ -185,7 +186,7 @@ class SandI:
         maps: list[dict[str, Tensor]] = []
         for part in self._room.parts(x, self._part_size(x)):
             observer = AttributionMaps(self._splits)
-            self._walk(part, self._splits, None, plan, observer, Gates())
+            self._walk(part, self._splits, None, plan, self.attack, observer, Gates())
             maps.append(observer.maps())
         return _joined(maps)
 
@@ -193,21 +194,24 @@ class SandI:
         """Logits and densities of A."""
         average = ChannelAverage(self._splits, feature, self.attack.steps)
         plan = channel_average_plan(self._splits, feature, self.ascent, self.top_fraction, self.top_over)
-        logits, _, _ = self._walk(x, (*self._splits, feature), feature.site, plan, average, Gates())
+        logits, _, _ = self._walk(x, (*self._splits, feature), feature.site, plan, self.attack, average, Gates())
         return logits, average.densities()
 
     def _score_z(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and densities of Z: from a forward pass alone for the images that have a certificate."""
-        if not (self._gates and self._forward_suffices) or self._mostly_blocked:
+        """Logits and densities of Z: from a forward pass alone for the images where that tells."""
+        if not (self._gates and self._forward_suffices) or self._mostly_untold:
             return self._score_with_gradients(x)
         read = self._read(x, self._splits, self._gates, steps=1)
         if read is None:
             return self._score_with_gradients(x)
         logits, found, doubtful = read
-        if doubtful:
-            blocked = next(iter(doubtful.values()))
-            self._mostly_blocked = 2 * int(blocked.sum()) > len(x)
-            rows = (blocked & logits.isfinite().all(1)).nonzero()[:, 0]
+        untold = list(doubtful.values())[:1]  # no certificate, which is the same at every gate
+        if self.attack.steps > 1:  # without a gate, g_1 tells the union where it is nowhere zero
+            untold += [(found[split.name] < 1).any(1) for split in self._splits if split.site not in self._gates]
+        if untold:
+            images = torch.stack(untold).any(0)
+            self._mostly_untold = 2 * int(images.sum()) > len(x)
+            rows = (images & logits.isfinite().all(1)).nonzero()[:, 0]
             if len(rows):
                 _, computed = self._score_with_gradients(x[rows])
                 for name, density in computed.items():
@@ -243,14 +247,15 @@ class SandI:
     ) -> tuple[Tensor, dict[str, Tensor], dict[Site, Tensor]] | None:
         """Logits, densities of Z with the patterns at ``gates`` read off, and images (B,) where these do not tell.
 
-        With ``steps`` = 1 the gates tell g_1, and all of the union; with 2, g_1 and g_2.
+        With ``steps`` = 1 they are those of g_1, which at a gate is all of the union; with 2, the gates tell g_2 too.
         None if the network made other calls than in the survey: gates are places on the survey's tape.
         """
-        density = NonZeroDensity(splits, self.attack.steps, self.combine)
         at = {split.site: gates[split.site] for split in splits if split.site in gates}
+        attack = replace(self.attack, steps=1) if at and steps == 1 else self.attack
+        density = NonZeroDensity(splits, attack.steps, self.combine)
         given = Gates(at, steps, self._certificate, self._call_names, density.pattern)
         plan = logits_plan(splits, self.attribution, self.ascent)
-        logits, doubtful, same_calls = self._walk(x, splits, None, plan, density, given)
+        logits, doubtful, same_calls = self._walk(x, splits, None, plan, attack, density, given)
         return None if at and not same_calls else (logits, density.densities(), doubtful)
 
     def _find_gates(self, found: Survey, splits: Sequence[Split]) -> None:
@@ -291,7 +296,7 @@ class SandI:
             for split in splits:
                 difference = (found[split.name] - exact[split.name])[rows].abs()
                 differing[split.site] += float(difference.sum()) / found[split.name].shape[1]
-        self._unchecked, self._mostly_blocked = 0, False
+        self._unchecked, self._mostly_untold = 0, False
         if splits and first and not compared:
             return  # these images cannot tell; later ones may
         for split in splits:
@@ -301,17 +306,19 @@ class SandI:
         self._gates = gates
 
     def _walk(
-        self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, observer: Observer, gates: Gates
-    ) -> tuple[Tensor, dict[Site, Tensor], bool]:
+        self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, attack: Attack, observer: Observer,
+        gates: Gates,
+    ) -> tuple[Tensor, dict[Site, Tensor], bool]:  # fmt: skip
         """Logits, images (B,) in doubt at each gate, and whether the network made the survey's calls."""
-        tape = Tape(self.net, [split.site for split in splits])
+        sites = [split.site for split in splits]
+        tape = Tape(self.net, [site for site in sites if gates.steps > 1 or site not in gates.at])
         doubtful: dict[Site, Tensor] = {}
         if self.splitting:
             self._room.bytes = self._budget(x) // 2
-            logits, doubtful = walk_splits(tape, x, feature, plan, self.attack, observer, self._room, gates)
+            logits, doubtful = walk_splits(tape, x, feature, plan, attack, observer, self._room, gates)
             self._room.lanes_now = 0
         else:
-            logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), self.attack, observer)
+            logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), attack, observer)
         same_calls = tape.call_names == self._call_names
         if not same_calls and any(split.site.module is None for split in splits):
             raise ReplayError(

@@ -68,6 +68,8 @@ def walk_splits(
     of gradients; their only backward pass is that for the direction of the step, whose zeros should be those
     of the mask.
 
+    Sites whose gate tells g_1 and no more is asked need not be the tape's: they are never tapped.
+
     Returns:
         The clean logits (B, classes), and at the sites with a gate where they are not, for which images (B,). Where
         the network made other calls than the gates were found in (the tape tells), nothing but the logits holds.
@@ -76,10 +78,9 @@ def walk_splits(
     without_gate = [site for site in tape.sites if site not in gates.at]
     masks = _Masks(gates)
     clean: dict[Site, Tensor] = {}
-    differentiated = tape.sites if gates.steps > 1 else without_gate
     at_once = masks.can_be_read_at_once and not (takes_step and without_gate)
-    with torch.set_grad_enabled(bool(differentiated)):
-        tap = _leaves(clean, differentiated)
+    with torch.set_grad_enabled(bool(tape.sites)):
+        tap = _leaves(clean, tape.sites)
         logits = tape.watch(x, tap, masks.read) if at_once else tape.record(x, tap)
     if not at_once:
         for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):
@@ -219,14 +220,15 @@ class _Masks:
         self.blocked: Tensor | None = None
         """Images (B,) for which there is no certificate; None where it is not asked for."""
         self.lost = False
-        """Whether the network makes other calls than those that gates were found in."""
+        """Whether the network makes other calls where the gates' rectifiers should be."""
 
     def read(self, position: int, name: str, result: Any, calls: Sequence[Call] = ()) -> None:
         """Takes in the result of a call; ``calls`` are those kept so far."""
-        names = self._gates.calls
-        self.lost = self.lost or (bool(self._at) and names[position : position + 1] != (name,))
         rectifier = self._at.get(position)
-        if rectifier is None or self.lost:
+        if rectifier is None:
+            return
+        self.lost = self.lost or name != self._gates.calls[position]
+        if self.lost:
             return
         mask = rectifier.mask(result.detach(), calls)
         for site in self._sites[rectifier]:

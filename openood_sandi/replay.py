@@ -9,6 +9,7 @@ control flow, reused modules and functional calls are whatever the network's own
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -220,7 +221,7 @@ class Tape(TorchFunctionMode):
         if self._replaced:
             args = lanes.map_tensors(args, self.current)
             kwargs = lanes.map_tensors(kwargs, self.current)
-        self._names.append(inplace.name_out_of_place(_name(func)))
+        self._names.append(_name_out_of_place(func))
         tensors: list[Tensor] = []
         target = None
         if self._listen is not None:
@@ -313,6 +314,11 @@ def _require_unchanged(func: Callable[..., Any], perturbed: Sequence[Tensor], re
         f"the network turns a perturbed tensor into Python data ({_name(func)}), which differs from one perturbed copy "
         f"to the next; keep it a tensor in the network's forward, or choose split points behind that place"
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_out_of_place(func: Callable[..., Any]) -> str:
+    return inplace.name_out_of_place(_name(func))
 
 
 def _name(func: Callable[..., Any]) -> str:

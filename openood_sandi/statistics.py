@@ -25,6 +25,8 @@ def _exact(device: torch.device) -> torch.dtype:
 
 def _by_position(tensor: Tensor, channel_axis: int) -> Tensor:
     """(B, ..., K, ...) as (B, K, positions)."""
+    if channel_axis == 1 and tensor.dim() > 2:
+        return tensor.flatten(2)
     return tensor.movedim(channel_axis, 1).unsqueeze(-1).flatten(2)
 
 
@@ -48,7 +50,8 @@ class NonZeroDensity:
 
     def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:
         self._axes = {split.site: split.channel_axis for split in splits}
-        self._steps, self._combine = steps, combine
+        self._steps = steps
+        self._combine = combine if steps > 1 else "count"  # of a single one, all are the same
         self._counts: dict[Site, Tensor] = {}
         self._masks: dict[Site, Tensor] = {}
         self._sizes: dict[Site, int] = {}
