@@ -168,15 +168,16 @@ def test_a_union_that_the_first_gradient_does_not_tell() -> None:
     """Behind the last rectifier a gradient can be zero at first and not later, when the path changes the class."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
     )
     net = net.double().eval()
     with torch.no_grad():
-        net[5].weight[:2] *= torch.eye(2).repeat(1, 4)  # two classes see every other feature
-    x = 3 * torch.randn(24, 3, 6, 6, dtype=torch.float64)
-    naive = Reference(net, x, ("1", "3"), Options("Z", steps=3, step_size=0.1))
+        net[7].weight[:2] *= torch.eye(2).repeat(1, 4)  # two classes see every other feature
+    x = 3 * torch.randn(24, 3, 8, 8, dtype=torch.float64)
+    naive = Reference(net, x, ("1", "5"), Options("Z", steps=3, step_size=0.2))
     detector = detector_like(naive, combine="union")
     assert_agrees(detector, naive, "union")
-    first, union = naive.densities("union", 1)["3"], naive.densities("union")["3"]
+    first, union = naive.densities("union", 1)["5"], naive.densities("union")["5"]
     assert 0 < int((first < union).any(1).sum()) < len(x), "some of the images, not all, should be of that kind"
     assert detector._gates and detector._forward_suffices
