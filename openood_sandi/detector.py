@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from openood_sandi import checks
 from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
+from openood_sandi.masks import Gates
 from openood_sandi.memory import Room, free_memory, is_out_of_memory
 from openood_sandi.objectives import Plan, ascended, channel_average_plan, logits_plan
-from openood_sandi.paths import Gates, Observer, walk_input, walk_splits
-from openood_sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
+from openood_sandi.paths import Observer, walk_input, walk_splits
 from openood_sandi.replay import Site, Tape
-from openood_sandi.splitting import Split, Survey, survey
+from openood_sandi.shortcut import ZScorer
+from openood_sandi.splitting import Split, survey
 from openood_sandi.statistics import AttributionMaps, ChannelAverage, NonZeroDensity, score
 
 __all__ = ["SandI"]
@@ -29,14 +29,6 @@ __all__ = ["SandI"]
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Gates are compared with true gradients on images of the first batch (on all, where that takes one backward pass) and
-# on some more every so many. Between these, the zeros of each batch's step gradient are looked at (`walk_splits`).
-_FIRST_CHECK = 4
-_LATER_CHECK = 1
-_CHECK_EVERY = 1024
-# A sum of products is exactly zero by accident now and then: seen once in 5e8 positions in float32.
-_COINCIDENCE = 1e-6
 
 
 class SandI:
@@ -112,13 +104,8 @@ class SandI:
         self._splits: tuple[Split, ...] = ()  # found on the first batch
         self._feature: Split | None = None
         self._rectifier_shortcut = rectifier_shortcut
-        self._candidate_gates: dict[Site, Gate] = {}
-        self._certificate: Certificate | None = None
-        self._forward_suffices = False
-        self._gates: dict[Site, Gate] | None = None
+        self._z: ZScorer | None = None
         self._call_names: tuple[str, ...] = ()
-        self._unchecked = -1
-        self._mostly_untold = False
         self._bytes_per_pixel = 0.0
         self._room = Room()
 
@@ -175,11 +162,14 @@ class SandI:
 
     def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Logits and densities of the batch, in parts that fit in memory."""
-        if self._feature is None:
-            self._check_gates(x)
-        for part in self._room.parts(x, self._part_size(x)):
-            yield self._score_a(part, self._feature) if self._feature is not None else self._score_z(part)
-        self._unchecked += len(x)
+
+        def parts(x: Tensor) -> Iterator[Tensor]:
+            return self._room.parts(x, self._part_size(x))
+
+        if self._z is not None:
+            self._z.check(x, parts)
+        for part in parts(x):
+            yield self._z.densities(part) if self._z is not None else self._channel_averages(part)
 
     def _maps(self, x: Tensor) -> dict[str, Tensor]:
         plan = logits_plan(self._splits, self.attribution, self.ascent)
@@ -190,120 +180,20 @@ class SandI:
             maps.append(observer.maps())
         return _joined(maps)
 
-    def _score_a(self, x: Tensor, feature: Split) -> tuple[Tensor, dict[str, Tensor]]:
+    def _channel_averages(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and densities of A."""
+        feature = self._feature
+        assert feature is not None
         average = ChannelAverage(self._splits, feature, self.attack.steps)
         plan = channel_average_plan(self._splits, feature, self.ascent, self.top_fraction, self.top_over)
         logits, _, _ = self._walk(x, (*self._splits, feature), feature.site, plan, self.attack, average, Gates())
         return logits, average.densities()
 
-    def _score_z(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and densities of Z: from a forward pass alone for the images where that tells."""
-        if not (self._gates and self._forward_suffices) or self._mostly_untold:
-            return self._score_with_gradients(x)
-        read = self._read(x, self._splits, self._gates, steps=1)
-        if read is None:
-            return self._score_with_gradients(x)
-        logits, found, doubtful = read
-        untold = list(doubtful.values())[:1]  # no certificate, which is the same at every gate
-        if self.attack.steps > 1:  # without a gate, g_1 tells the union where it is nowhere zero
-            untold += [(found[split.name] < 1).any(1) for split in self._splits if split.site not in self._gates]
-        if untold:
-            images = torch.stack(untold).any(0)
-            self._mostly_untold = 2 * int(images.sum()) > len(x)
-            rows = (images & logits.isfinite().all(1)).nonzero()[:, 0]
-            if len(rows):
-                _, computed = self._score_with_gradients(x[rows])
-                for name, density in computed.items():
-                    found[name][rows] = density
-        return logits, found
-
-    def _score_with_gradients(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with gradients: for two steps with that of the step alone, where its zeros are those of the gate."""
-        read = self._read(x, self._splits, self._gates, steps=2) if self._gates and self.attack.steps == 2 else None
-        if read is None:
-            return self._exact(x, self._splits)
-        logits, found, doubtful = read
-        if doubtful:
-            splits = [split for split in self._splits if split.site in doubtful]
-            rows = (torch.stack(list(doubtful.values())).any(0) & logits.isfinite().all(1)).nonzero()[:, 0]
-            if len(rows):
-                _, exact = self._exact(x[rows], splits)
-                for split in splits:
-                    share = float((found[split.name][rows] - exact[split.name]).abs().sum()) / found[split.name].numel()
-                    found[split.name][rows] = exact[split.name]
-                    if share > _COINCIDENCE and self._gates:
-                        _give_up(self._gates, split, share)
-        return logits, found
-
-    def _exact(self, x: Tensor, splits: Sequence[Split]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and densities of Z, every gradient computed."""
-        read = self._read(x, splits, {}, self.attack.steps)
-        assert read is not None
-        return read[:2]
-
-    def _read(
-        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate], steps: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[Site, Tensor]] | None:
-        """Logits, densities of Z with the patterns at ``gates`` read off, and images (B,) where these do not tell.
-
-        With ``steps`` = 1 they are those of g_1, which at a gate is all of the union; with 2, the gates tell g_2 too.
-        None if the network made other calls than in the survey: gates are places on the survey's tape.
-        """
-        at = {split.site: gates[split.site] for split in splits if split.site in gates}
-        attack = replace(self.attack, steps=1) if at and steps == 1 else self.attack
-        density = NonZeroDensity(splits, attack.steps, self.combine)
-        given = Gates(at, steps, self._certificate, self._call_names, density.pattern)
+    def _walk_z(
+        self, x: Tensor, splits: Sequence[Split], attack: Attack, density: NonZeroDensity, gates: Gates
+    ) -> tuple[Tensor, dict[Site, Tensor], bool]:
         plan = logits_plan(splits, self.attribution, self.ascent)
-        logits, doubtful, same_calls = self._walk(x, splits, None, plan, attack, density, given)
-        return None if at and not same_calls else (logits, density.densities(), doubtful)
-
-    def _find_gates(self, found: Survey, splits: Sequence[Split]) -> None:
-        """The gates worth having: where one forward pass tells g_1, or one backward pass more g_2."""
-        gates = find_gates(found.calls, found.positions(splits))
-        self._certificate = find_certificate(found.calls)
-        # The union of a rectifier's patterns is the first one; that of a max-pool's is not.
-        union = self.combine == "union" and all(gate.rectifier.pool is None for gate in gates.values())
-        self._forward_suffices = self._certificate is not None and (self.attack.steps == 1 or union)
-        if self._forward_suffices or self.attack.steps == 2:
-            self._candidate_gates = gates
-
-    def _shortcut_applies(self) -> bool:
-        """Only g_1 and g_2 need no pass through the suffixes; a saturated cross-entropy has g = 0 anywhere."""
-        few = self.attack.steps <= 2 or self.combine == "union"
-        return self._rectifier_shortcut and few and self.splitting and self.attribution == "max_logit"
-
-    def _check_gates(self, x: Tensor) -> None:
-        """Compares the patterns that gates tell with those of gradients: on the first batch, and now and then."""
-        if 0 <= self._unchecked < _CHECK_EVERY:
-            return
-        first = self._gates is None
-        gates = dict(self._candidate_gates if self._gates is None else self._gates)
-        splits = [split for split in self._splits if split.site in gates]
-        few = (_FIRST_CHECK if self.attack.steps > 1 else len(x)) if first else _LATER_CHECK
-        differing, compared = dict.fromkeys(gates, 0.0), 0
-        for part in self._room.parts(x[:few], self._part_size(x)) if splits else ():
-            read = self._read(part, splits, gates, 1 if self._forward_suffices else 2)
-            if read is None:
-                continue
-            logits, found, doubtful = read
-            _, exact = self._exact(part, splits)
-            rows = logits.isfinite().all(1)
-            if self._forward_suffices:
-                for mask in doubtful.values():
-                    rows &= ~mask
-            compared += int(rows.sum())
-            for split in splits:
-                difference = (found[split.name] - exact[split.name])[rows].abs()
-                differing[split.site] += float(difference.sum()) / found[split.name].shape[1]
-        self._unchecked, self._mostly_untold = 0, False
-        if splits and first and not compared:
-            return  # these images cannot tell; later ones may
-        for split in splits:
-            share = differing[split.site] / max(compared, 1)
-            if share > _COINCIDENCE:
-                _give_up(gates, split, share, relied=not first)
-        self._gates = gates
+        return self._walk(x, splits, None, plan, attack, density, gates)
 
     def _walk(
         self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, attack: Attack, observer: Observer,
@@ -370,8 +260,10 @@ class SandI:
         feature = found.feature(self._wanted_feature) if uses_feature else None
         if feature is not None:
             splits = found.before(feature, splits, self._wanted_splits)
-        elif self._shortcut_applies():
-            self._find_gates(found, splits)
+        else:
+            # a saturated cross-entropy has g = 0 anywhere
+            gated = self._rectifier_shortcut and self.splitting and self.attribution == "max_logit"
+            self._z = ZScorer(splits, self.attack, self.combine, self._walk_z, found if gated else None)
         self._call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
         self._splits, self._feature = splits, feature
@@ -388,19 +280,6 @@ def _frozen(net: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _give_up(gates: dict[Site, Gate], split: Split, share: float, relied: bool = False) -> None:
-    """``relied``: scores of earlier images were read off the gate."""
-    if gates.pop(split.site, None) is not None:
-        _log.log(
-            logging.WARNING if relied else logging.INFO,
-            "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
-            "computing it from now on%s",
-            split.name,
-            share,
-            "; earlier scores may be off by as much: rectifier_shortcut=False computes all" if relied else "",
-        )
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

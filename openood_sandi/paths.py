@@ -7,10 +7,10 @@ Two drivers: :func:`walk_splits` attacks every split on its own from its clean a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch import Tensor
 from openood_sandi import lanes
 from openood_sandi.attack import Attack
 from openood_sandi.errors import ReplayError
+from openood_sandi.masks import Gates, Masks
 from openood_sandi.memory import Room
 from openood_sandi.objectives import Loss, Objective, Plan
-from openood_sandi.rectifiers import Certificate, Gate, Rectifier, blocked
-from openood_sandi.replay import Call, Site, Tap, Tape
+from openood_sandi.replay import Site, Tap, Tape
 
-__all__ = ["Gates", "Observer", "walk_input", "walk_splits"]
+__all__ = ["Observer", "walk_input", "walk_splits"]
 
 Receive = Callable[[Site, Tensor], None]
 """Takes in one tensor of a split."""
@@ -39,21 +39,6 @@ class Observer(Protocol):
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
         """Called with g_i, of the split's shape (B, ...)."""
-
-
-@dataclass(frozen=True)
-class Gates:
-    """The splits whose pattern of gradients is read off a rectifier, and who is told."""
-
-    at: Mapping[Site, Gate] = field(default_factory=dict)
-    steps: int = 1
-    """Whether for g_1 alone, or for g_1 and g_2."""
-    certificate: Certificate | None = None
-    """For g_1 alone, in place of a gradient to compare with."""
-    calls: tuple[str, ...] = ()
-    """The names of the network's calls, which the gates' positions are counted in."""
-    pattern: Receive = lambda site, mask: None
-    """Called with masks, 1 where the gradient is not zero, in the order i = 1, 2."""
 
 
 def walk_splits(
@@ -76,7 +61,7 @@ def walk_splits(
     """
     takes_step = attack.steps > 1 or observer.motion is not None
     without_gate = [site for site in tape.sites if site not in gates.at]
-    masks = _Masks(gates)
+    masks = Masks(gates)
     clean: dict[Site, Tensor] = {}
     at_once = masks.can_be_read_at_once and not (takes_step and without_gate)
     with torch.set_grad_enabled(bool(tape.sites)):
@@ -200,44 +185,6 @@ def walk_input(
         attacked = attack.advance(attacked.detach(), x, gradient.sign())
         before = now
     return clean_logits
-
-
-class _Masks:
-    """Reads the pattern of g_1 off the rectifiers of a recorded pass."""
-
-    def __init__(self, gates: Gates) -> None:
-        self._gates = gates
-        rectifiers = gates.certificate.rectifiers if gates.certificate is not None and gates.steps == 1 else ()
-        self._sites: dict[Rectifier, list[Site]] = {rectifier: [] for rectifier in rectifiers if gates.at}
-        for site, gate in gates.at.items():
-            self._sites.setdefault(gate.rectifier, []).append(site)
-        self._at = {rectifier.position: rectifier for rectifier in self._sites}
-        without_pool = all(rectifier.pool is None for rectifier in self._sites)
-        self.can_be_read_at_once = bool(gates.at) and gates.steps == 1 and without_pool
-        """Whether the recording needs to keep nothing for it."""
-        self.let_through: dict[Site, Tensor] = {}
-        """How many positions of each image (B,), where g_2 is to be read off as well."""
-        self.blocked: Tensor | None = None
-        """Images (B,) for which there is no certificate; None where it is not asked for."""
-        self.lost = False
-        """Whether the network makes other calls where the gates' rectifiers should be."""
-
-    def read(self, position: int, name: str, result: Any, calls: Sequence[Call] = ()) -> None:
-        """Takes in the result of a call; ``calls`` are those kept so far."""
-        rectifier = self._at.get(position)
-        if rectifier is None:
-            return
-        self.lost = self.lost or name != self._gates.calls[position]
-        if self.lost:
-            return
-        mask = rectifier.mask(result.detach(), calls)
-        for site in self._sites[rectifier]:
-            self._gates.pattern(site, mask)
-            if self._gates.steps > 1:
-                self.let_through[site] = mask.flatten(1).sum(1)
-        if self._gates.steps == 1:
-            here = blocked(mask)
-            self.blocked = here if self.blocked is None else self.blocked | here
 
 
 def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
