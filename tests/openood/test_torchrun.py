@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit i
 def torchrun(ranks: int, *arguments: str, cwd: Path) -> str:
     """What the ranks print together; with the installed wheel, on one thread each as the tests have."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *arguments]
-    result = installation.run(installation.wheel_python(), *command, cwd=cwd, timeout=200, OMP_NUM_THREADS="1")
+    result = installation.run(installation.wheel_python(), *command, cwd=cwd, timeout=500, OMP_NUM_THREADS="1")
     return str(result.stdout)
 
 
