@@ -162,19 +162,15 @@ class SandI:
 
     def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Logits and densities of the batch, in parts that fit in memory."""
-
-        def parts(x: Tensor) -> Iterator[Tensor]:
-            return self._room.parts(x, self._part_size(x))
-
         if self._z is not None:
-            self._z.check(x, parts)
-        for part in parts(x):
+            self._z.check(x, self._cut)
+        for part in self._cut(x):
             yield self._z.densities(part) if self._z is not None else self._channel_averages(part)
 
     def _maps(self, x: Tensor) -> dict[str, Tensor]:
         plan = logits_plan(self._splits, self.attribution, self.ascent)
         maps: list[dict[str, Tensor]] = []
-        for part in self._room.parts(x, self._part_size(x)):
+        for part in self._cut(x):
             observer = AttributionMaps(self._splits)
             self._walk(part, self._splits, None, plan, self.attack, observer, Gates())
             maps.append(observer.maps())
@@ -239,6 +235,9 @@ class SandI:
                 if not isinstance(error, ReplayError) and not is_out_of_memory(error):
                     checks.require_accepted(self.net, x)
                 raise
+
+    def _cut(self, x: Tensor) -> Iterator[Tensor]:
+        return self._room.parts(x, self._part_size(x))
 
     def _part_size(self, x: Tensor) -> int:
         """How many images half the memory budget holds through a recorded pass; the other half is for replays."""

@@ -47,15 +47,14 @@ class Masks:
         self.blocked: Tensor | None = None
         """Images (B,) for which there is no certificate; None where it is not asked for."""
         self.lost = False
-        """Whether the network makes other calls where the gates' rectifiers should be."""
+        """Whether the network makes other calls than those that gates were found in."""
 
     def read(self, position: int, name: str, result: Any, calls: Sequence[Call] = ()) -> None:
         """Takes in the result of a call; ``calls`` are those kept so far."""
+        # every call, not only the rectifiers: after another way through the network a mask may not even have the shape
+        self.lost = self.lost or (bool(self._at) and self._gates.calls[position : position + 1] != (name,))
         rectifier = self._at.get(position)
-        if rectifier is None:
-            return
-        self.lost = self.lost or name != self._gates.calls[position]
-        if self.lost:
+        if rectifier is None or self.lost:
             return
         mask = rectifier.mask(result.detach(), calls)
         for site in self._sites[rectifier]:
