@@ -96,8 +96,7 @@ def gather(what: str, value: T, patience: timedelta = timedelta()) -> list[T]:
             f"rank {rank()} of {world_size()} has waited for the others' {what} in vain, for up to {patience}; the "
             f"rank that failed tells why in an error of its own: {error}"
         ) from error
-    given: list[Any] = [None] * world_size()
-    dist.all_gather_object(given, (what, value), group=group)
+    given = _exchanged((what, value), group)
     for other, (theirs, _) in enumerate(given):
         if theirs != what:
             raise RuntimeError(
@@ -110,6 +109,28 @@ def gather(what: str, value: T, patience: timedelta = timedelta()) -> list[T]:
 def broadcast(what: str, value: T) -> T:
     """Rank 0's ``value``, on every rank; see :func:`gather`."""
     return gather(what, value if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _exchanged(value: Any, group: Any) -> list[Any]:
+    """Every rank's value, by way of rank 0.
+
+    From one rank to another, not by ``all_gather_object``: gloo runs collectives in threads of its own, which free
+    their tensors when they like, and for that enter Python. A ``DataLoader`` worker forked at that moment hangs for
+    ever in CPython before 3.12 and 3.11.10 (its issue 112275), and with it the run.
+    """
+    if rank() > 0:
+        dist.send_object_list([value], 0, group)
+        given = [None] * world_size()
+        dist.recv_object_list(given, 0, group)
+        return given
+    given = [value]
+    for other in range(1, world_size()):
+        theirs = [None]
+        dist.recv_object_list(theirs, other, group)
+        given += theirs
+    for other in range(1, world_size()):
+        dist.send_object_list(given, other, group)
+    return given
 
 
 @functools.cache

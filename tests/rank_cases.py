@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -138,6 +140,26 @@ def hang(out: Path) -> None:
     if distributed.rank() == 1:
         time.sleep(6)
     run(Linear())
+
+
+def exchange(out: Path) -> None:
+    """Tells how often Python has met a new thread while ranks exchanged values: their own main threads do that."""
+    distributed.join()
+    before = met()
+    for number in range(20):
+        distributed.gather("number", number)
+    (out / f"{distributed.rank()}.txt").write_text(str(met() - before - 1))
+
+
+def met() -> int:
+    """How many threads Python has met so far, with one more for this question."""
+    api, number = ctypes.pythonapi, []
+    api.PyThreadState_Get.restype, api.PyThreadState_GetID.restype = ctypes.c_void_p, ctypes.c_uint64
+    api.PyThreadState_GetID.argtypes = [ctypes.c_void_p]
+    thread = threading.Thread(target=lambda: number.append(api.PyThreadState_GetID(api.PyThreadState_Get())))
+    thread.start()
+    thread.join()
+    return int(number[0])
 
 
 def forked(ranks: int, case: Callable[[Path], None], out: Path) -> list[tuple[int | None, str]]:

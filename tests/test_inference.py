@@ -100,6 +100,13 @@ def test_torchrun_ends_with_the_error_of_a_rank_and_others_resume(tmp_path: Path
     assert again.seen == []
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_no_thread_of_torch_enters_python_when_ranks_exchange_results(ranks: int, tmp_path: Path) -> None:
+    """It may do so just as a DataLoader forks a worker, which then hangs in CPython before 3.12 and 3.11.10."""
+    assert forked(ranks, rank_cases.exchange, tmp_path) == [(0, "")] * ranks
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(ranks)] == ["0"] * ranks
+
+
 @pytest.mark.parametrize("case", [rank_cases.fail, rank_cases.die, rank_cases.hang])
 def test_a_rank_that_is_lost_ends_the_others(case: Any, tmp_path: Path) -> None:
     """Also without torchrun, which would end them: as on another machine."""
