@@ -200,7 +200,6 @@ class SandI:
         tape = Tape(self.net, [site for site in sites if gates.steps > 1 or site not in gates.at])
         doubtful: dict[Site, Tensor] = {}
         if self.splitting:
-            self._room.bytes = self._budget(x) // 2
             logits, doubtful = walk_splits(tape, x, feature, plan, attack, observer, self._room, gates)
             self._room.lanes_now = 0
         else:
@@ -237,15 +236,10 @@ class SandI:
                 raise
 
     def _cut(self, x: Tensor) -> Iterator[Tensor]:
-        return self._room.parts(x, self._part_size(x))
-
-    def _part_size(self, x: Tensor) -> int:
-        """How many images half the memory budget holds through a recorded pass; the other half is for replays."""
+        """The batch in parts: half the memory budget holds a part's recorded pass; the other half is for replays."""
+        self._room.bytes = int(self.memory_fraction * free_memory(x.device)) // 2
         image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
-        return max(1, int(self._budget(x) / 2 / image))
-
-    def _budget(self, x: Tensor) -> int:
-        return int(self.memory_fraction * free_memory(x.device))
+        return self._room.parts(x, max(1, int(self._room.bytes / image)))
 
     def _find_splits(self, x: Tensor) -> None:
         checks.warn_of_range(x)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from openood_sandi.rectifiers import Certificate, Gate, Rectifier, blocked
+from openood_sandi.rectifiers import Certificate, Gate, Rectifier
 from openood_sandi.replay import Call, Site
 
 __all__ = ["Gates", "Masks"]
@@ -44,8 +45,7 @@ class Masks:
         """Whether the recording needs to keep nothing for it."""
         self.let_through: dict[Site, Tensor] = {}
         """How many positions of each image (B,), where g_2 is to be read off as well."""
-        self.blocked: Tensor | None = None
-        """Images (B,) for which there is no certificate; None where it is not asked for."""
+        self._through: dict[torch.Size, Tensor] = {}  # for maps of one size, at the rectifier that lets least through
         self.lost = False
         """Whether the network makes other calls than those that gates were found in."""
 
@@ -56,11 +56,21 @@ class Masks:
         rectifier = self._at.get(position)
         if rectifier is None or self.lost:
             return
-        mask = rectifier.mask(result.detach(), calls)
+        result = result.detach()
+        mask = result.bool() if rectifier.is_plain else rectifier.mask(result, calls)  # the quickest of all
         for site in self._sites[rectifier]:
             self._gates.pattern(site, mask)
             if self._gates.steps > 1:
                 self.let_through[site] = mask.flatten(1).sum(1)
         if self._gates.steps == 1:
-            here = blocked(mask)
-            self.blocked = here if self.blocked is None else self.blocked | here
+            through = (result if rectifier.is_plain else mask).sum(1)  # of what is not negative
+            least = self._through.get(through.shape)
+            self._through[through.shape] = through if least is None else torch.minimum(least, through)
+
+    def blocked(self) -> Tensor | None:
+        """Images (B,) that some rectifier lets through in no channel at some position: they have no certificate.
+
+        None where no rectifier was asked.
+        """
+        images = [least.reshape(len(least), -1).amin(1) == 0 for least in self._through.values()]
+        return torch.stack(images).any(0) if images else None

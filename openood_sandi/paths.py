@@ -72,7 +72,8 @@ def walk_splits(
             masks.read(position, name, call.result, tape.calls)
     if masks.lost:
         return logits.detach(), {}
-    doubtful = dict.fromkeys(gates.at, masks.blocked) if masks.blocked is not None and masks.blocked.any() else {}
+    blocked = masks.blocked()
+    doubtful = dict.fromkeys(gates.at, blocked) if blocked is not None and blocked.any() else {}
     let_through = masks.let_through
     objectives = plan(logits, clean.get(feature) if feature is not None else None)
     for site in gates.at:

@@ -20,7 +20,7 @@ from torch import Tensor
 from openood_sandi.lanes import tensors_in
 from openood_sandi.replay import Call, Site
 
-__all__ = ["Certificate", "Gate", "Rectifier", "blocked", "find_certificate", "find_gates"]
+__all__ = ["Certificate", "Gate", "Rectifier", "find_certificate", "find_gates"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,13 @@ class Rectifier:
     pool: int | None
     """The position of the max-pool that alone uses its result, if one does."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether just what is zero in its result is cut off: a ReLU without a max-pool."""
+        return self.pool is None and self.bounds == (0.0, math.inf)
+
     def mask(self, entering: Tensor, calls: Sequence[Call]) -> Tensor:
-        """1 where ``entering`` has a gradient behind the rectifier, and a max-pool behind it, and 0 where not.
+        """1 or True where ``entering`` has a gradient behind the rectifier, and a max-pool behind it, and 0 where not.
 
         The rectifier's result, which is cut off alike, may stand for what enters it.
         """
@@ -83,12 +88,6 @@ class Certificate:
 
     rectifiers: tuple[Rectifier, ...]
     """Every rectifier of the network."""
-
-
-def blocked(mask: Tensor) -> Tensor:
-    """From a rectifier's mask (B, K, ...): which images it lets through in no channel at some position, (B,)."""
-    through = mask.sum(1) if mask.is_floating_point() else mask.any(1)  # each the quicker one
-    return through.flatten(1).amin(1) == 0 if through.dim() > 1 else through == 0
 
 
 def find_certificate(calls: Sequence[Call]) -> Certificate | None:

@@ -98,10 +98,9 @@ class Tape(TorchFunctionMode):
         self.reached: dict[Site, int] = {}
         """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
         self.sites = tuple(sites)
-        modules = dict(net.named_modules())
         self._at_module = {(site.module, site.index): site for site in self.sites if site.module is not None}
         self._at_call = {site.index: site for site in self.sites if site.module is None}
-        self._hooked = {name: modules[name] for name, _ in self._at_module}
+        self._hooked = {name: net.get_submodule(name) for name, _ in self._at_module}
         self._tap: Tap = keep
         self._listen: Listener | None = None
         self._changed = False

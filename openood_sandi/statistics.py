@@ -32,6 +32,11 @@ def _by_position(tensor: Tensor, channel_axis: int) -> Tensor:
 
 def _count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
+    positions = mask.shape[2]
+    if mask.dtype == torch.bool and mask.device.type == "cpu" and positions % 8 == 0 and 256 <= positions <= 8 * 255:
+        # eight positions at a time, each summed in a byte of its own that cannot overflow: several times as fast
+        eighths = mask.contiguous().view(torch.int64).sum(2)
+        return eighths.view(torch.uint8).reshape(*eighths.shape, 8).sum(2, dtype=torch.int32)
     # int32 takes a third of the time of int64 on CPUs
     return mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
 
@@ -65,7 +70,7 @@ class NonZeroDensity:
         self._sizes[site] = mask.shape[2]
         if self._combine == "count":
             count = _count(mask)
-            self._counts[site] = self._counts[site].add_(count) if site in self._counts else count
+            self._counts[site] = self._counts[site] + count if site in self._counts else count
         else:  # they wait for the other gradients, at a byte a position
             mask, before = mask.bool(), self._masks.get(site)
             if before is not None:
@@ -74,12 +79,14 @@ class NonZeroDensity:
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, in [0, 1]."""
-        result: dict[str, Tensor] = {}
-        for site in self._axes:
-            counting = self._combine == "count"
-            count = self._counts[site] if counting else _count(self._masks[site])
-            result[site.name] = count.to(_exact(count.device)) / (self._sizes[site] * (self._steps if counting else 1))
-        return result
+        if self._combine != "count":
+            self._counts = {site: _count(mask) for site, mask in self._masks.items()}
+        times = self._steps if self._combine == "count" else 1
+        counts = [self._counts[site] for site in self._axes]
+        # converted all at once, as there can be a hundred splits
+        every = torch.cat(counts, 1).to(_exact(counts[0].device))
+        parts = torch.split(every, [count.shape[1] for count in counts], 1)
+        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._axes, parts, strict=True)}
 
 
 # Where the log-softmax does not depend on F at all, Eq. 13 has no value; this keeps it finite, and large.
