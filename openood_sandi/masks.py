@@ -57,7 +57,8 @@ class Masks:
         if rectifier is None or self.lost:
             return
         result = result.detach()
-        mask = result.bool() if rectifier.is_plain else rectifier.mask(result, calls)  # the quickest of all
+        only_counted = rectifier.is_plain and self._gates.steps == 1
+        mask = result.bool() if only_counted else rectifier.mask(result, calls)  # the former is the quickest to count
         for site in self._sites[rectifier]:
             self._gates.pattern(site, mask)
             if self._gates.steps > 1:
