@@ -44,7 +44,7 @@ class BuildWithStartup(build_py):
             (site_packages / name).write_text(text)
 
 
-OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sandi.standins covers the rest
+OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sandi.plugin.standins covers the rest
     "faiss-cpu",
     "pandas",
     "pyyaml>=5.4.1",

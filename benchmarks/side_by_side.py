@@ -31,7 +31,7 @@ from comparison.progress import progress
 from comparison.table import Run, results
 from networks.errors import SourceError
 
-from openood_sandi import distributed
+from openood_sandi.runs import ranks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--device",
         type=arguments.device,
-        default=distributed.own_device(),
+        default=ranks.own_device(),
         help="where to score (training is on the CPU); default here: %(default)s",
     )
     options.add_argument(
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; what is finished is kept and reported.", file=sys.stderr)
         status = 130
-    if distributed.is_main_process():
+    if ranks.is_main_process():
         comparison.report(about)
     return status or int(comparison.failed)
 
@@ -125,13 +125,13 @@ class _Comparison:
                 try:
                     self._outcomes[-1][method.name] = Outcome(method, evaluation.scores(method))
                 except Exception as error:
-                    if distributed.world_size() > 1:
+                    if ranks.world_size() > 1:
                         raise  # the other ranks are waiting for this one's scores
                     self._fail(method, error)
 
     def measure(self) -> None:
         """Measure what each method costs, with the first network; the cost of one that fails is left out."""
-        if not self._options.cost or not distributed.is_main_process():
+        if not self._options.cost or not ranks.is_main_process():
             return
         outcomes = self._outcomes[0]
         for name, outcome in progress(list(outcomes.items()), "cost", "method"):

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from openood_sandi import SandI
-from openood_sandi.inference import infer
-from openood_sandi.score_cache import ScoreCache
+from openood_sandi.runs.cache import ScoreCache
+from openood_sandi.runs.score import infer
 
 SAMPLES = 200  # of memory, over the run
 SETTLING = 0.1  # of the run: caches of torch and Python fill up

@@ -32,7 +32,7 @@ from speed.networks import NETWORKS, Network
 from speed.scaling import BASE, Scaled, measure_point, sweeps
 from tqdm import tqdm
 
-from openood_sandi.memory import free_memory
+from openood_sandi.engine.memory import free_memory
 
 QUICK_NETWORKS = ("resnet18", "resnet50")
 

@@ -10,8 +10,8 @@ the package is touched at every Python start (see :mod:`openood_sandi.startup`).
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from openood_sandi.detector import SandI
-    from openood_sandi.plugin import register
+    from openood_sandi.detectors.sandi.detector import SandI
+    from openood_sandi.plugin.seams import register
 
 __all__ = ["SandI", "__version__", "register"]
 __version__ = "0.1.0"
@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "SandI":
-        from openood_sandi.detector import SandI
+        from openood_sandi.detectors.sandi.detector import SandI
 
         return SandI
     if name == "register":
-        from openood_sandi.plugin import register
+        from openood_sandi.plugin.seams import register
 
         return register
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

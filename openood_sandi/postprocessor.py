@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from openood_sandi import checkpoints, distributed, fingerprints
-from openood_sandi.detector import SandI
-from openood_sandi.gsc import GradientShortCircuit
-from openood_sandi.inference import infer
-from openood_sandi.prototype_fusion import PrototypeFusion
-from openood_sandi.score_cache import ScoreCache
+from openood_sandi.detectors.gsc import GradientShortCircuit
+from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+from openood_sandi.detectors.sandi.detector import SandI
+from openood_sandi.plugin import checkpoints
+from openood_sandi.runs import keys, ranks
+from openood_sandi.runs.cache import ScoreCache
+from openood_sandi.runs.score import infer
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
             progress: show a progress bar.
 
         Under ``torchrun`` every process scores its share of the batches, and all return the whole; with ``cache_dir``
-        what an earlier run has scored is not scored again: :func:`openood_sandi.inference.infer`.
+        what an earlier run has scored is not scored again: :func:`openood_sandi.runs.score.infer`.
 
         Returns:
             Predicted class, confidence and label of every image, (N,) each, in the loader's order.
@@ -130,18 +131,18 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
 
     def _key(self, net: nn.Module, data_loader: Any) -> dict[str, object] | None:
         """Everything that decides the scores, where a cache or other ranks ask for it; None if it cannot be told."""
-        if not self.run["cache_dir"] and not distributed.launched():
+        if not self.run["cache_dir"] and not ranks.launched():
             return None
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
         try:
             return {
                 "method": type(self).__qualname__,
                 "options": self.options,
-                "fitted": fingerprints.state(fitted),
-                "network": fingerprints.network(net),
-                "images": fingerprints.images(getattr(data_loader, "dataset", data_loader)),
+                "fitted": keys.state(fitted),
+                "network": keys.network(net),
+                "images": keys.images(getattr(data_loader, "dataset", data_loader)),
             }
-        except fingerprints.Indescribable as error:
+        except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)
             return None
@@ -230,13 +231,13 @@ _OF_GAIA = ("variant", "splits", "feature", "attribution")
 
 
 class GSCPostprocessor(DetectorPostprocessor):
-    """Gradient Short-Circuit with the options of :class:`openood_sandi.gsc.GradientShortCircuit`; no set-up."""
+    """Gradient Short-Circuit with the options of :class:`openood_sandi.GradientShortCircuit`; no set-up."""
 
     method = GradientShortCircuit
 
 
 class PrototypeFusionPostprocessor(DetectorPostprocessor):
-    """Prototype Fusion with the options of :class:`openood_sandi.prototype_fusion.PrototypeFusion`.
+    """Prototype Fusion with the options of :class:`openood_sandi.detectors.prototype_fusion.PrototypeFusion`.
 
     :meth:`setup` takes the prototypes from OpenOOD's training images, once: ``setup_flag`` tells OpenOOD that
     they are worth keeping, and keeps them when it sets up again.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pytorch_ood.api import Detector, DetectorInfo, ModelNotSetException, Paper, Task
 from torch import Tensor, nn
 
-from openood_sandi.detector import SandI
+from openood_sandi.detectors.sandi.detector import SandI
 
 __all__ = ["SandIDetector"]
 

@@ -2,7 +2,7 @@
 
 ``openood_sandi.pth`` (``openood_sandi.start`` from Python 3.15 on, PEP 829) in site-packages calls
 :func:`activate`. Until a module named ``openood`` is imported this costs one string comparison an import;
-only then is :mod:`openood_sandi.plugin` loaded. The module imports nothing that Python has not imported by
+only then is :mod:`openood_sandi.plugin.seams` loaded. The module imports nothing that Python has not imported by
 then.
 
 Set the environment variable ``OPENOOD_SANDI_DISABLE`` to anything but ``0`` to switch it off.
@@ -30,13 +30,13 @@ class OpenOODFinder:
         if fullname != "openood" and not fullname.startswith("openood."):
             return None
         try:
-            from openood_sandi import plugin
+            from openood_sandi.plugin import seams
         except Exception as error:  # a package that is half removed must not take OpenOOD with it
             sys.meta_path.remove(OpenOODFinder)
             reason = f"{type(error).__name__}: {error}"
-            print(f"openood-sandi is left out: openood_sandi.plugin does not load ({reason})", file=sys.stderr)
+            print(f"openood-sandi is left out: openood_sandi.plugin.seams does not load ({reason})", file=sys.stderr)
             return None
-        return plugin.find_openood(fullname, path, target)
+        return seams.find_openood(fullname, path, target)
 
 
 def activate() -> None:

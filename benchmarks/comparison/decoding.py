@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openood_sandi.memory import free_memory
+from openood_sandi.engine.memory import free_memory
 
 from .progress import progress
 from .suite import ImageSet, Suite

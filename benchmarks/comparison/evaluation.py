@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openood_sandi import fingerprints
-from openood_sandi.inference import infer
-from openood_sandi.score_cache import ScoreCache
+from openood_sandi.runs import keys
+from openood_sandi.runs.cache import ScoreCache
+from openood_sandi.runs.score import infer
 
 from . import methods
 from .decoding import Decoded
@@ -90,7 +90,7 @@ class Evaluation:
     def expense(self, method: Method) -> Expense:
         """What scoring ID images costs on this machine, measured once."""
         return self._expenses.of(
-            {**self._key(method, self.suite.in_distribution), "code": fingerprints.code()},
+            {**self._key(method, self.suite.in_distribution), "code": keys.code()},
             self.suite.network,
             lambda: self._scorer(method),
             lambda: next(iter(self._loader(self.suite.in_distribution)))[0],

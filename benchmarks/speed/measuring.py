@@ -10,7 +10,7 @@ from comparison.cost import measure
 from torch import Tensor
 
 from openood_sandi import SandI
-from openood_sandi.memory import free_memory
+from openood_sandi.engine.memory import free_memory
 
 from .instrument import Counts, count
 from .loops import Options, SplitLoop

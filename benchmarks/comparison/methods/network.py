@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openood_sandi.features import LinearHead, Penultimate, hooked, stages
+from openood_sandi.engine.features import LinearHead, Penultimate, hooked, stages
 
 from ..suite import ImageSet, Suite, digest
 from .baselines import BASELINES, Need, fitted

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from openood_sandi import SandI
-from openood_sandi.gsc import GradientShortCircuit
-from openood_sandi.prototype_fusion import PrototypeFusion
+from openood_sandi.detectors.gsc import GradientShortCircuit
+from openood_sandi.detectors.prototype_fusion import PrototypeFusion
 
 from ..suite import Suite
 from .baselines import Need

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import openood_sandi
-from openood_sandi import registry, standins
+from openood_sandi.plugin import registry, standins
 
 from ..suite import ImageSet, Suite
 from .baselines import BASELINES, Need

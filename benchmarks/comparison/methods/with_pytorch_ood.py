@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.features import Penultimate
+from openood_sandi.engine.features import Penultimate
 
 from ..suite import ImageSet, Suite
 from .baselines import BASELINES

@@ -1,0 +1,326 @@
+"""Record a network's forward pass once, then replay what lies behind many splits at once.
+
+``record`` runs the network under a :class:`torch.overrides.TorchFunctionMode` that keeps every call's result on a tape.
+``replay`` runs the same Python again: a call that sees no perturbed tensor returns its recorded result, so the
+prefix of a split and the residual branches that left before it cost nothing and keep their clean value; a call that
+sees perturbed tensors runs for all their copies at once (:mod:`.lanes`). Nothing is traced or compiled:
+control flow, reused modules and functional calls are whatever the network's own code does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from openood_sandi.engine import inplace, lanes
+from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.memory import is_out_of_memory
+
+__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the forward pass that holds a tensor."""
+
+    name: str
+    module: str | None
+    """Qualified name of the module whose output the tensor is; None for the result of a single torch call."""
+    index: int
+    """Which call of that module, from 1; without a module, the call's position on the tape."""
+
+
+@dataclass(frozen=True)
+class Produced:
+    """Stands, in a call's arguments, for the result of the call at tape position ``by``; -1 for the input."""
+
+    by: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One torch call of a recorded forward pass."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    """Its arguments, with :class:`Produced` in place of tensors that were computed from the input."""
+    result: Any
+    producers: tuple[int, ...]
+    """Tape positions of these, in order; empty for a call that does not depend on the input."""
+
+    @property
+    def name(self) -> str:
+        return _name(self.func)
+
+    def rerun(self, values: Mapping[int, Tensor]) -> Any:
+        """The call's result with ``values`` by tape position in place of what it was computed from."""
+        args, kwargs = lanes.map_tensors((self.args, self.kwargs), lambda p: values[p.by], Produced)
+        return self.func(*args, **kwargs)
+
+    def size(self) -> int:
+        """Bytes of its result."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in lanes.tensors_in(self.result))
+
+
+Tap = Callable[[Site, Tensor], Tensor]
+"""Called with each site and its tensor as the pass gets there; what it returns flows on instead."""
+
+Listener = Callable[[int, str, Any], None]
+"""Called with the position, the name and the result of each call as it is made."""
+
+
+def keep(site: Site, tensor: Tensor) -> Tensor:
+    """A tap that changes nothing."""
+    return tensor
+
+
+class Tape(TorchFunctionMode):
+    """The recorded forward pass of ``net``, with ``sites`` to tap.
+
+    Args:
+        net: a network in eval mode. It is only ever called; hooks are set for the length of a pass.
+        sites: the places where the ``tap`` of a pass is called.
+    """
+
+    def __init__(self, net: nn.Module, sites: Iterable[Site] = ()) -> None:
+        super().__init__()
+        self.net = net
+        self.calls: list[Call] = []
+        self.reached: dict[Site, int] = {}
+        """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
+        self.sites = tuple(sites)
+        self._at_module = {(site.module, site.index): site for site in self.sites if site.module is not None}
+        self._at_call = {site.index: site for site in self.sites if site.module is None}
+        self._hooked = {name: net.get_submodule(name) for name, _ in self._at_module}
+        self._tap: Tap = keep
+        self._listen: Listener | None = None
+        self._changed = False
+        self._names: list[str] = []
+        self._sizes: list[int] = []
+        self._recording = False
+        self._position = 0
+        self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self._origin: dict[int, tuple[Tensor, int]] = {}
+        """Tensors computed from the input and where; the tensor itself keeps its id from being reused."""
+        self._overwritten = inplace.Overwritten()
+
+    def record(self, x: Tensor, tap: Tap = keep) -> Tensor:
+        """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
+        self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
+        self._overwritten = inplace.Overwritten()
+        self._origin[id(x)] = (x, -1)
+        try:
+            return self._run(x, tap)
+        finally:
+            self._recording = False
+            self._origin.clear()
+            self._overwritten = inplace.Overwritten()
+
+    def watch(self, x: Tensor, tap: Tap, listen: Listener) -> Tensor:
+        """Runs the network on ``x`` as it is, shows every result to ``listen`` and keeps none: there is no replay.
+
+        Calls in place are left to happen, except to what has a gradient from ``tap``.
+        """
+        self._listen = listen
+        try:
+            return self._run(x.clone(), tap)
+        finally:
+            self._listen, self._changed = None, False
+
+    def release_graph(self) -> None:
+        """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
+        detached: dict[int, tuple[Tensor, Tensor]] = {}  # one object stays one object: in-place aliasing relies on it
+
+        def detach(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            return detached.setdefault(id(tensor), (tensor, tensor.detach()))[1]
+
+        self.calls = [replace(call, result=lanes.map_tensors(call.result, detach)) for call in self.calls]
+
+    def replay(self, x: Tensor, tap: Tap) -> Tensor:
+        """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses."""
+        return self._run(x, tap)
+
+    @property
+    def call_names(self) -> tuple[str, ...]:
+        """The calls of the last pass by name: equal for two passes that took the same way through the network."""
+        return tuple(self._names)
+
+    def suffix_bytes(self, site: Site) -> int:
+        """Size of all results that lie behind ``site``: what one more lane of it adds to a replay's forward pass."""
+        if not self._sizes:
+            self._sizes = list(itertools.accumulate(call.size() for call in reversed(self.calls)))
+        return self._sizes[len(self.calls) - 1 - min(self.reached[site], len(self.calls) - 1)]
+
+    def _run(self, x: Tensor, tap: Tap) -> Tensor:
+        self._tap = tap
+        self._names, self._position = [], 0
+        visits: Counter[str] = Counter()
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+            def fire(module: nn.Module, args: Any, output: Any) -> Any:
+                visits[name] += 1
+                site = self._at_module.get((name, visits[name]))
+                if site is None:
+                    return None
+                with torch._C.DisableTorchFunction():  # what the tap computes is not the network's
+                    return self._visit(site, output)
+
+            return fire
+
+        handles = []
+        try:
+            for name, module in self._hooked.items():
+                handles.append(module.register_forward_hook(hook_for(name)))
+            with self:
+                output = self.net(x)
+            return self.current(output) if isinstance(output, Tensor) else output
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._replaced.clear()
+            self._tap = keep
+
+    def _visit(self, site: Site, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ReplayError(
+                f"split point {site.name!r} returns {type(output).__name__}, not a tensor; "
+                f"name a submodule of it that returns one tensor"
+            )
+        tensor = self.current(output)
+        tapped = self._tap(site, tensor)
+        self._changed = self._changed or tapped is not tensor
+        if self._recording:
+            self.reached[site] = self._position
+            self._origin[id(tapped)] = (tapped, self._origin.get(id(tensor), (tensor, -1))[1])
+        return tapped
+
+    def current(self, tensor: Tensor) -> Tensor:
+        """What ``tensor`` holds now: in-place calls leave it alone and are remembered here instead."""
+        while id(tensor) in self._replaced:
+            tensor = self._replaced[id(tensor)][1]
+        return tensor
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            return None  # a network that freezes some of its layers under no_grad still has gradients to attribute
+        if self._replaced:
+            args = lanes.map_tensors(args, self.current)
+            kwargs = lanes.map_tensors(kwargs, self.current)
+        self._names.append(_name_out_of_place(func))
+        tensors: list[Tensor] = []
+        target = None
+        if self._listen is not None:
+            derived = self._changed and any(tensor.requires_grad for tensor in lanes.tensors_in((args, kwargs)))
+        elif self._recording:
+            tensors = lanes.tensors_in((args, kwargs))
+            derived = any(id(tensor) in self._origin for tensor in tensors)
+        else:
+            derived = self._position >= len(self.calls) or bool(self.calls[self._position].producers)
+        if derived:
+            func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
+        if self._listen is not None:
+            result = func(*args, **kwargs)
+            self._listen(self._position, self._names[-1], result)
+        elif self._recording:
+            result = self._record_call(func, args, kwargs, tensors)
+        else:
+            result = self._replay_call(func, args, kwargs)
+        if target is not None and isinstance(result, Tensor) and result is not target:
+            self._replaced[id(target)] = (target, result)
+            if self._recording:
+                self._overwritten.note(target, result)
+        site = self._at_call.get(self._position)
+        self._position += 1
+        return result if site is None else self._visit(site, result)
+
+    def _record_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        self._overwritten.require_unread(func, args, tensors)
+        producers: list[int] = []
+
+        def taken(tensor: Tensor) -> Tensor | Produced:
+            if id(tensor) not in self._origin:
+                return tensor
+            producers.append(self._origin[id(tensor)][1])
+            return Produced(producers[-1])
+
+        symbolic_args, symbolic_kwargs = lanes.map_tensors((args, kwargs), taken)
+        result = func(*args, **kwargs)
+        position = len(self.calls)
+        if producers:
+            lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))
+        self.calls.append(Call(func, symbolic_args, symbolic_kwargs, result, tuple(producers)))
+        return result
+
+    def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorded = self.calls[self._position] if self._position < len(self.calls) else None
+        if recorded is None or (recorded.func is not func and recorded.name != _name(func)):
+            expected = "the end" if recorded is None else repr(recorded.name)
+            raise ReplayError(
+                f"call {self._position} of the forward pass was {_name(func)!r} but {expected} when recorded: the "
+                f"network's control flow changes from one pass to the next, so its layers cannot be split"
+            )
+        perturbed = lanes.find((args, kwargs))
+        if not perturbed:
+            return recorded.result
+        if lanes.tensors_in(recorded.result):
+            if func is inplace.set_item:
+                args = (lanes.spread(args[0], perturbed), *args[1:])
+            return self._call_lanes(func, args, kwargs, recorded.result)
+        if _name(func) in _VALUES:
+            _require_unchanged(func, perturbed, recorded.result)
+        return recorded.result
+
+    def _call_lanes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
+        try:
+            return lanes.call(func, args, kwargs, clean)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ReplayError(
+                f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
+                f"at once ({error}); choose split points behind it"
+            ) from error
+
+
+# Calls that turn a tensor's values into Python data, on which control flow may depend.
+_VALUES = frozenset(
+    ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose")
+)
+
+
+def _require_unchanged(func: Callable[..., Any], perturbed: Sequence[Tensor], recorded: Any) -> None:
+    """Python data taken from a perturbed tensor is right for every lane only if it is the recorded one in each."""
+    if len(perturbed) == 1 and perturbed[0][0].numel() == 1:
+        if all(func(lane) == recorded for lane in perturbed[0]):
+            return
+    raise ReplayError(
+        f"the network turns a perturbed tensor into Python data ({_name(func)}), which differs from one perturbed copy "
+        f"to the next; keep it a tensor in the network's forward, or choose split points behind that place"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_out_of_place(func: Callable[..., Any]) -> str:
+    return inplace.name_out_of_place(_name(func))
+
+
+def _name(func: Callable[..., Any]) -> str:
+    owner = getattr(func, "__self__", None)
+    name = getattr(func, "__name__", str(func))
+    return f"{getattr(owner, '__name__', '')}.{name}" if name in ("__get__", "__set__") else name

@@ -1,0 +1,176 @@
+"""OpenOOD's seams: where names of postprocessors, yml files and the command line reach the entry points.
+
+OpenOOD has no plugin loader. Five of its modules are changed in memory as soon as they are executed, before
+any other module can import their functions by name; OpenOOD's files stay as they are:
+
+========================================  ==============================================================
+``openood.postprocessors.utils``          ``get_postprocessor`` of ``main.py`` knows the entry points
+``openood.evaluation_api.postprocessor``  ``get_postprocessor`` of the ``Evaluator`` knows them too
+``openood.evaluation_api.evaluator``      under ``torchrun`` only: ranks share the ``Evaluator``'s work
+``openood.networks.utils``                checkpoints that do not fit are told
+``openood.utils.config``                  yml files that packages ship; ``--postprocessor NAME``
+========================================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from openood_sandi import startup
+from openood_sandi.plugin import command_line, registry, standins, without_gpu
+
+
+def register() -> None:
+    """Make OpenOOD know the installed postprocessors, as the start-up file does; also after OpenOOD's import.
+
+    Needed only where Python does not read start-up files (``PYTHONPATH``, ``pip install --target``, ``python
+    -S``) or where ``OPENOOD_SANDI_DISABLE`` keeps them from acting. Calling it again changes nothing.
+    """
+    startup.install()
+    for name in SEAMS:
+        if name in sys.modules:
+            open_seam(sys.modules[name])
+
+
+def find_openood(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    """The spec that the other finders give for ``fullname``, with its loader opening the module's seam."""
+    standins.install()
+    spec = _find_elsewhere(fullname, path, target)
+    if spec is None or not hasattr(spec.loader, "exec_module"):
+        return spec
+    execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+    def execute_and_open(module: ModuleType) -> None:
+        try:
+            execute(module)
+        finally:
+            standins.withdraw()
+        open_seam(module)
+
+    spec.loader.exec_module = execute_and_open  # type: ignore[union-attr, method-assign]
+    return spec
+
+
+def _find_elsewhere(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        if finder is not startup.OpenOODFinder and hasattr(finder, "find_spec"):
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+    return None
+
+
+def open_seam(module: ModuleType) -> None:
+    """Change ``module`` if it is one of :data:`SEAMS` and not changed yet; a failure is a warning."""
+    seam = SEAMS.get(module.__name__)
+    if seam is None or hasattr(module, "__openood_sandi__"):
+        return
+    try:
+        seam(module)
+    except Exception as error:  # another version of OpenOOD must keep working by itself
+        warnings.warn(
+            f"openood-sandi does not fit this OpenOOD: {module.__name__} at {module.__file__} "
+            f"({type(error).__name__}: {error}); set {startup.SWITCH}=1 to keep it out",
+            stacklevel=2,
+        )
+    module.__openood_sandi__ = True  # type: ignore[attr-defined]
+
+
+def _main_registry(module: ModuleType) -> None:
+    own: Callable[[Any], Any] = module.get_postprocessor
+
+    @functools.wraps(own)
+    def get_postprocessor(config: Any) -> Any:
+        build = registry.postprocessor_class(config.postprocessor.name) or (lambda _: own(config))
+        return standins.require_real(build(config))
+
+    _replace(own, get_postprocessor)
+    without_gpu.stay_on_cpu_without_gpu()
+    if _under_torchrun():
+        from openood_sandi.plugin import torchrun
+        from openood_sandi.runs import ranks
+
+        ranks.take_own_gpu()
+        torchrun.share_inference(module.BasePostprocessor)
+
+
+def _evaluator_registry(module: ModuleType) -> None:
+    own: Callable[..., Any] = module.get_postprocessor
+
+    @functools.wraps(own)
+    def get_postprocessor(config_root: str, postprocessor_name: str, id_data_name: str) -> Any:
+        build = registry.postprocessor_class(postprocessor_name)
+        if build is None:
+            return standins.require_real(own(config_root, postprocessor_name, id_data_name))
+        # Config itself turns to the package's file where config_root has none
+        config = module.Config(f"{config_root}/postprocessors/{postprocessor_name}.yml")
+        config = module.merge_configs(config, module.Config(dataset={"name": id_data_name}))
+        postprocessor = build(config)
+        postprocessor.APS_mode = config.postprocessor.APS_mode
+        postprocessor.hyperparam_search_done = False
+        return standins.require_real(postprocessor)
+
+    _replace(own, get_postprocessor)
+
+
+def _networks(module: ModuleType) -> None:
+    from openood_sandi.plugin import checkpoints
+
+    _replace(module.get_network, checkpoints.watched(module.get_network))
+
+
+def _evaluator(module: ModuleType) -> None:
+    if _under_torchrun():
+        from openood_sandi.plugin import torchrun
+
+        torchrun.share_evaluation(module)
+
+
+def _config(module: ModuleType) -> None:
+    own_init: Callable[..., None] = module.Config.__init__
+    own_setup: Callable[..., Any] = module.setup_config
+
+    @functools.wraps(own_init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        own_init(self, *map(registry.resolve_config, args), **kwargs)
+
+    @functools.wraps(own_setup)
+    def setup_config(*args: Any, **kwargs: Any) -> Any:
+        config = command_line.setup_config(functools.partial(own_setup, *args, **kwargs))
+        if _under_torchrun():
+            from openood_sandi.plugin import torchrun
+
+            torchrun.run_main(config)
+        return config
+
+    module.Config.__init__ = __init__
+    _replace(own_setup, setup_config)
+
+
+def _under_torchrun() -> bool:
+    from openood_sandi.runs import ranks
+
+    return ranks.launched()
+
+
+def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Put ``ours`` wherever OpenOOD, or a script, has already bound ``own`` under its name."""
+    for name, module in list(sys.modules.items()):
+        if name == "__main__" or name.partition(".")[0] == "openood":
+            if getattr(module, "__dict__", {}).get(own.__name__) is own:
+                setattr(module, own.__name__, ours)
+
+
+SEAMS: dict[str, Callable[[ModuleType], None]] = {
+    "openood.networks.utils": _networks,
+    "openood.postprocessors.utils": _main_registry,
+    "openood.evaluation_api.postprocessor": _evaluator_registry,
+    "openood.evaluation_api.evaluator": _evaluator,
+    "openood.utils.config": _config,
+}

@@ -1,0 +1,137 @@
+"""OpenOOD under ``torchrun``: the ranks share the images, and rank 0 alone prints and writes.
+
+OpenOOD knows ranks only where it has started them itself; here every rank runs all of its code. What costs time,
+scoring and counting hits, goes through :func:`openood_sandi.runs.score.infer`, whose results all ranks have, so each
+computes the same metrics. Ranks above 0 print nothing, and what OpenOOD's own files write there goes nowhere; files
+that are not OpenOOD's never notice. Errors go to standard error on every rank. Without ``torchrun`` nothing is changed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openood_sandi.plugin.without_gpu import called_by_openood
+from openood_sandi.runs import keys, ranks
+from openood_sandi.runs.score import infer
+
+#: How long ranks wait for the one that downloads what is missing.
+_DOWNLOAD = timedelta(days=1)
+
+
+def run_main(config: Any) -> None:
+    """Prepare for OpenOOD's ``main.py`` with ``config``, if it is about a pipeline that tests.
+
+    Raises:
+        SystemExit: OpenOOD would start processes of its own in each of these.
+    """
+    if not config.pipeline.name.startswith("test"):
+        return
+    if config.num_gpus * config.num_machines > 1:
+        raise SystemExit(
+            f"num_gpus={config.num_gpus}, num_machines={config.num_machines}: torchrun has started the processes "
+            "already, one for each GPU; use --num_gpus 1 --num_machines 1"
+        )
+    speak_once()
+
+
+@functools.cache
+def speak_once() -> None:
+    """Join the ranks; on all but rank 0, print nothing more and have OpenOOD write nothing. Once a process."""
+    ranks.join()
+    if ranks.rank() == 0:
+        return
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    own_open = builtins.open
+
+    @functools.wraps(own_open)
+    def open_for_reading(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if called_by_openood() and not set(mode).isdisjoint("wax+"):
+            file, mode = os.devnull, mode.replace("x", "w")
+        return own_open(file, mode, *args, **kwargs)
+
+    builtins.open = open_for_reading
+    _leave_out(os, "makedirs")
+    _leave_out(sys.modules["numpy"], "savez")
+    if "pandas" in sys.modules:
+        _leave_out(sys.modules["pandas"].DataFrame, "to_csv")
+
+
+def _leave_out(owner: Any, name: str) -> None:
+    """Have OpenOOD's calls of a function that writes do nothing."""
+    own: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(own)
+    def leave_out(*args: Any, **kwargs: Any) -> Any:
+        return None if called_by_openood() else own(*args, **kwargs)
+
+    setattr(owner, name, leave_out)
+
+
+def share_inference(postprocessor: Any) -> None:
+    """Have OpenOOD's ``BasePostprocessor``, and so each of its methods, score a share of the batches."""
+
+    def inference(self: Any, net: Any, data_loader: Any, progress: bool = True) -> Any:
+        score = functools.partial(self.postprocess, net)
+        return infer(score, data_loader, _device(net), key=_key(self, net), progress=progress)
+
+    postprocessor.inference = functools.wraps(postprocessor.inference)(inference)
+
+
+def share_evaluation(module: Any) -> None:
+    """Have the ``Evaluator`` in ``module`` print and write once, count hits in a share, and download once."""
+    evaluator, own_init, fetch = module.Evaluator, module.Evaluator.__init__, module.data_setup
+
+    @functools.wraps(own_init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        speak_once()
+        own_init(self, *args, **kwargs)
+
+    @functools.wraps(fetch)
+    def data_setup(*args: Any, **kwargs: Any) -> None:
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            fetch(*args, **kwargs)
+        ranks.gather("data", None, _DOWNLOAD)
+        if int(os.environ["LOCAL_RANK"]) > 0:
+            fetch(*args, **kwargs)
+
+    def classifier_inference(self: Any, data_loader: Any, msg: str = "Acc Eval", progress: bool = True) -> Any:
+        def predict(images: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                pred = self.net(images).argmax(1)
+            return pred, pred
+
+        self.net.eval()
+        pred, _, label = infer(predict, data_loader, _device(self.net), progress=progress, description=msg)
+        return torch.from_numpy(pred), torch.from_numpy(label)
+
+    evaluator.__init__ = __init__
+    evaluator._classifier_inference = functools.wraps(evaluator._classifier_inference)(classifier_inference)
+    module.data_setup = data_setup
+
+
+def _key(postprocessor: Any, net: Any) -> dict[str, object]:
+    """What ranks that share a task have in common, as far as it can be told."""
+    key: dict[str, object] = {"method": type(postprocessor).__qualname__}
+    nets = net.values() if isinstance(net, dict) else [net]
+    with contextlib.suppress(keys.Indescribable):
+        key["network"] = [keys.network(each) for each in nets]
+    return key
+
+
+def _device(net: Any) -> torch.device:
+    """Where a network is, or the networks of OpenOOD's dictionaries."""
+    nets = net.values() if isinstance(net, dict) else [net]
+    tensors = itertools.chain.from_iterable(itertools.chain(each.parameters(), each.buffers()) for each in nets)
+    device: torch.device = next(tensors).device
+    return device

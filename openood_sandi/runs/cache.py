@@ -1,0 +1,258 @@
+"""Finished scores on disk: an interrupted run goes on where it was and gives, byte for byte, what it would have given.
+
+A cache is a folder of ``<key>.<checksum>.npz`` files, flat, without pickle. The key stands for everything that decides
+the scores (weights, options, images, code), so scores made otherwise are never used. The checksum is that of the
+whole file. A file appears under its name when it is complete and on disk, never before; it is never changed, and it
+is removed only when another one holds what it held. So a kill at any moment loses at most what was not written yet,
+several processes may share a folder without locks, and bytes that changed on disk are not mistaken for scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from openood_sandi.runs.unreadable import Unreadable
+
+__all__ = ["BatchScores", "Entry", "ScoreCache"]
+
+_log = logging.getLogger(__name__)
+
+#: Hexadecimal digits of SHA-256 that a file's name has of its key, and of its own bytes: 128 bits each.
+_DIGITS = 32
+#: A value in a key that is a digest: of the weights, the images, the code.
+_DIGEST = re.compile("[0-9a-f]{64}")
+#: Seconds after which an unfinished file is taken for the remains of a killed process.
+_ABANDONED = 3600.0
+
+
+class BatchScores(NamedTuple):
+    """The results of one batch of a loader; images that could not be read are left out of the arrays."""
+
+    pred: npt.NDArray[np.int64]
+    """Predicted classes (n,)."""
+    score: npt.NDArray[Any]
+    """Out-of-distribution scores (n,) in the dtype of the scorer."""
+    label: npt.NDArray[np.int64]
+    """Labels (n,)."""
+    unreadable: tuple[Unreadable, ...] = ()
+
+    @staticmethod
+    def concatenated(batches: Iterable[BatchScores]) -> BatchScores:
+        """All batches as one. A batch without images has no say in the dtype."""
+        every = list(batches)
+        some = [batch for batch in every if len(batch.pred)] or every[:1]
+        return BatchScores(
+            np.concatenate([batch.pred for batch in some]),
+            np.concatenate([batch.score for batch in some]),
+            np.concatenate([batch.label for batch in some]),
+            tuple(image for batch in every for image in batch.unreadable),
+        )
+
+
+class ScoreCache:
+    """A folder of finished scores.
+
+    Args:
+        folder: made when first written to. Any number of runs, methods and data sets can share one.
+        seconds: how often a run writes what it has scored; that much work is lost at most.
+
+    Raises:
+        NotADirectoryError: ``folder`` is something else.
+    """
+
+    def __init__(self, folder: str | Path, seconds: float = 10.0) -> None:
+        self.folder = Path(folder)
+        self.seconds = seconds
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"the score cache {str(folder)!r} is a file; expected a folder, or a new name")
+
+    def entry(self, key: Mapping[str, object]) -> Entry:
+        """What the folder holds for ``key``, and where more goes.
+
+        Args:
+            key: names and values, such as JSON takes, of everything that decides the scores.
+
+        Raises:
+            TypeError: JSON cannot express the key.
+        """
+        return Entry(self.folder, json.dumps(key, sort_keys=True), self.seconds)
+
+
+class Entry:
+    """The scores of one data set under one key; see :meth:`ScoreCache.entry`."""
+
+    def __init__(self, folder: Path, key: str, seconds: float) -> None:
+        self.folder, self.key, self.seconds = folder, key, seconds
+        self._question = _checksum(_without_digests(key).encode())[: _DIGITS // 2]
+        self._stem = self._question + _checksum(key.encode())[_DIGITS // 2 :]
+        self._own: Path | None = None
+        self._works = True
+        self._last = time.monotonic()
+        #: {number of the batch in the loader: its results}, as found on disk.
+        self.found: dict[int, BatchScores] = {}
+        for path in self._files():
+            self.found |= self._read(path)
+        if not self.found:
+            self._tell_nearest()
+
+    def beside(self, suffix: str) -> Path | None:
+        """The path of a file about these scores, None where nothing can be written."""
+        return self.folder / f"{self._stem}.{suffix}" if self._works else None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write again."""
+        return self._works and time.monotonic() - self._last >= self.seconds
+
+    def write(self, batches: Mapping[int, BatchScores]) -> None:
+        """Put ``batches``, which include those of the last call, on disk in the place of those.
+
+        Where that fails (a full disk, a folder without permission) a warning says so, once, and later calls do nothing.
+        """
+        if not self._works or not batches:
+            return
+        content = _pack(self.key, batches)
+        path, before = self.folder / f"{self._stem}.{_checksum(content)}.npz", self._own
+        self._last = time.monotonic()
+        if path == before:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_durably(path, content)
+            self._own = path
+            if before is not None:
+                before.unlink(missing_ok=True)
+        except OSError as error:
+            self._works = False
+            _log.warning("the score cache cannot be written, so the run goes on without it: %s", error)
+
+    def complete(self, batches: Mapping[int, BatchScores]) -> None:
+        """Put all batches of the data set on disk and remove the files that these supersede."""
+        if self.found.keys() == batches.keys() and len(self._files()) == 1:
+            return
+        self.write(batches)
+        if not self._works:
+            return
+        try:
+            for path in self._files():
+                if path != self._own:
+                    path.unlink(missing_ok=True)
+            for path in self.folder.glob(f"{self._stem}.*.tmp"):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink(missing_ok=True)
+        except OSError as error:  # superseded files cost nothing but their space
+            _log.info("superseded files stay in the score cache: %s", error)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self._stem}.*.npz"))
+
+    def _read(self, path: Path) -> dict[int, BatchScores]:
+        """The batches in a file; none, with a warning, if it is not what its name says."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another process has just superseded it
+            return {}
+        except OSError as error:
+            _log.warning("the score cache's %s cannot be read, so its images are scored again: %s", path, error)
+            return {}
+        if path.name != f"{self._stem}.{_checksum(content)}.npz":
+            _log.warning("the score cache's %s is damaged, so its images are scored again", path)
+            return {}
+        try:
+            return _unpack(content, self.key)
+        except Exception as error:  # whatever a file that is not ours makes zipfile and numpy raise
+            _log.warning("the score cache's %s is not of its kind, so its images are scored again: %s", path, error)
+            return {}
+
+    def _tell_nearest(self) -> None:
+        """Log which file for the same method and options has the most similar key, and in what it differs."""
+        wanted: dict[str, object] = json.loads(self.key)
+        nearest: tuple[list[str], Path] | None = None
+        for path in self.folder.glob(f"{self._question}*.npz"):
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    other = json.loads(str(arrays["key"]))
+                differing = sorted(name for name in {*wanted, *other} if wanted.get(name) != other.get(name))
+            except Exception:  # whatever a damaged file makes zipfile and numpy raise; nobody asked for it
+                continue
+            if nearest is None or len(differing) < len(nearest[0]):
+                nearest = differing, path
+        if nearest is not None:
+            differing, path = nearest
+            # Another network or data set is nothing to wonder about; that the code has changed may be.
+            level = logging.WARNING if differing == ["code"] else logging.INFO
+            _log.log(level, "the score cache's %s has other %s and is not used", path, ", ".join(differing))
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_DIGITS]
+
+
+def _without_digests(key: str) -> str:
+    items: dict[str, object] = json.loads(key)
+    return json.dumps({name: value for name, value in items.items() if not _DIGEST.fullmatch(str(value))})
+
+
+def _pack(key: str, batches: Mapping[int, BatchScores]) -> bytes:
+    """An ``.npz`` file; its bytes follow from the arguments alone."""
+    numbers = sorted(batches)
+    joined = BatchScores.concatenated(batches[number] for number in numbers)
+    unreadable = [[*image, number] for number in numbers for image in batches[number].unreadable]
+    file = io.BytesIO()
+    np.savez(
+        file,
+        key=np.array(key),
+        batch=np.array(numbers, np.int64),
+        size=np.array([len(batches[number].pred) for number in numbers], np.int64),
+        pred=joined.pred,
+        score=joined.score,
+        label=joined.label,
+        unreadable=np.array(json.dumps(unreadable)),
+    )
+    return file.getvalue()
+
+
+def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        if str(arrays["key"]) != key:
+            raise ValueError("it holds scores of another key")
+        numbers, ends = arrays["batch"].tolist(), np.cumsum(arrays["size"])
+        whole = [arrays[name] for name in ("pred", "score", "label")]
+        if len(numbers) != len(ends) or any(column.shape != (ends[-1],) for column in whole):
+            raise ValueError("its arrays differ in length")
+        columns = [np.split(column, ends[:-1]) for column in whole]
+        unreadable: dict[int, list[Unreadable]] = {number: [] for number in numbers}
+        for *image, number in json.loads(str(arrays["unreadable"])):
+            unreadable[number].append(Unreadable(*image))
+    return {
+        number: BatchScores(pred, score, label, tuple(unreadable[number]))
+        for number, pred, score, label in zip(numbers, *columns, strict=True)
+    }
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a file that exists either completely, also after a power cut, or not at all."""
+    stem = path.name.partition(".")[0]
+    temporary = path.with_name(f"{stem}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,405 @@
+"""The speed benchmark: its networks, the loops it times, what it counts, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers.places import BENCHMARKS
+
+for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
+    pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
+
+
+import pandas as pd
+import throughput
+from comparison import cost
+from networks.imagenet import ImageNetResNet
+from networks.paper import norms
+from speed import measuring, methods, report, scaling
+from speed.instrument import count
+from speed.loops import Options, Prefix, SplitLoop
+from speed.networks import NETWORKS, Network, cifar_resnet, scaled
+
+from openood_sandi import SandI
+
+CPU = torch.device("cpu")
+NARROW = {"resnet18": 1 / 16, "resnet34": 1 / 16, "wrn40-2": 1 / 8, "bit-s-r101x1": 1 / 16, "resnet50": 1 / 16}
+
+
+def small(name: str) -> Network:
+    """A network of the benchmark on images of a size that tests can afford."""
+    return replace(NETWORKS[name], image_size=16 if NETWORKS[name].image_size == 32 else 64)
+
+
+def images_for(network: Network, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(
+    "name, parameters, splits",
+    [
+        ("resnet18", 11_220_132, 20),
+        ("resnet34", 21_328_292, 36),
+        ("wrn40-2", 2_255_156, 38),
+        ("bit-s-r101x1", 44_541_480, 9),
+        ("resnet50", 25_557_032, 10),
+    ],
+)
+def test_networks_have_the_published_size_and_the_papers_number_of_splits(
+    name: str, parameters: int, splits: int
+) -> None:
+    with torch.device("meta"):
+        net = NETWORKS[name].make(1.0)
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert len(NETWORKS[name].splits(net, "paper")) == splits
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_random_weights_leave_both_halves_of_rectifiers_and_a_soft_softmax(name: str) -> None:
+    network = small(name)
+    net = network.build(NARROW[name])
+    images = images_for(network, 4).float()
+    shares: list[float] = []
+    for layer in net.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.register_forward_hook(lambda _, args, __: shares.append(float((args[0] > 0).float().mean())))
+    logits = net(images)
+    assert not net.training and all(0.1 < share < 0.95 for share in shares)
+    assert 0.5 < logits.std() < 8 and logits.softmax(1).max() < 0.999
+    assert torch.equal(logits, network.build(NARROW[name])(images)), "seeded, so the same at every call"
+
+
+def test_split_presets() -> None:
+    with torch.device("meta"):
+        resnet, bit = NETWORKS["resnet18"].make(1.0), NETWORKS["bit-s-r101x1"].make(1.0)
+    assert NETWORKS["resnet18"].splits(resnet, "norms") == norms(resnet)
+    assert NETWORKS["bit-s-r101x1"].splits(bit, "norms") == NETWORKS["bit-s-r101x1"].splits(bit, "paper")
+
+
+# ---------------------------------------------------------------- loops
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
+@pytest.mark.parametrize("options", [Options(), Options(combine="union"), Options(combine="intersection", steps=3)])
+@pytest.mark.parametrize("name", ["resnet18", "wrn40-2"])
+def test_loops_give_the_counts_of_sandi_z(name: str, options: Options, released: bool) -> None:
+    network = small(name)
+    net = network.build(NARROW[name]).double()
+    splits = network.splits(net, "paper")
+    loop = SplitLoop(net, splits, options, released=released)
+    images = images_for(network)
+    detector = SandI(net, splits=splits, **asdict(options))
+    expected = detector.densities(images)
+    found = loop.densities(images)
+    assert found.keys() == expected.keys()
+    for split in splits:
+        torch.testing.assert_close(found[split], expected[split], rtol=0, atol=1e-12)
+    pred, tau = loop(images)
+    assert torch.equal(pred, detector(images)[0])
+    torch.testing.assert_close(tau, detector(images)[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
+@pytest.mark.parametrize("options", [Options("A"), Options("A", steps=1, top_fraction=1.0)])
+@pytest.mark.parametrize("name", ["bit-s-r101x1", "resnet50"])
+def test_loops_give_the_averages_of_sandi_a(name: str, options: Options, released: bool) -> None:
+    network = small(name)
+    net = network.build(NARROW[name]).double()
+    splits = network.splits(net, "paper")
+    loop = SplitLoop(net, splits, options, feature=network.paper.feature, released=released)
+    images = images_for(network)
+    assert network.paper.feature is not None
+    expected = SandI(net, splits=splits, feature=network.paper.feature, **asdict(options)).densities(images)
+    found = loop.densities(images)
+    assert found.keys() == expected.keys()
+    for split in splits:
+        torch.testing.assert_close(found[split], expected[split], rtol=1e-9, atol=1e-12)
+
+
+def test_a_loop_for_a_needs_a_feature() -> None:
+    with pytest.raises(ValueError, match="feature"):
+        SplitLoop(nn.Identity(), [], Options("A"))
+
+
+def test_loops_leave_the_network_as_it_was() -> None:
+    network = small("resnet18")
+    net = network.build(NARROW["resnet18"])
+    images = images_for(network).float()
+    before = net(images)
+    SplitLoop(net, ["layer3.0.bn1"], Options(), released=True)(images)
+    with pytest.raises(RuntimeError, match="stop"), Prefix(net).kept():
+        raise RuntimeError("stop")
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in net.modules())
+    assert torch.equal(net(images), before) and before.requires_grad
+
+
+def chain() -> nn.Sequential:
+    """Three 1x1 convolutions of 4 channels, of equal cost, and a classifier."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 1, bias=False), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2, bias=False))
+
+
+def test_loops_spend_what_they_say() -> None:
+    net, images = chain(), torch.randn(5, 4, 8, 8)
+    convolution = 2 * 5 * 64 * 4 * 4  # a multiplication and an addition for each of 4 x 4 weights at 64 positions
+    linear = 2 * 5 * 4 * 2
+    # Splits behind the first and the second convolution. A forward pass has 3 convolutions, their suffixes 2 and 1.
+    prediction = 3 * convolution + linear
+    suffixes = (2 + 1) * convolution + 2 * linear
+    naive = count(lambda: SplitLoop(net, ["0", "2"], Options())(images), CPU)
+    # two whole passes for each split; two backward passes in the first step, one in the last
+    assert naive.flops == prediction + 4 * (3 * convolution + linear) + 3 * suffixes
+    released = count(lambda: SplitLoop(net, ["0", "2"], Options(), released=True)(images), CPU)
+    prefixes = (1 + 2) * convolution
+    # the prefix once; the suffix and two backward passes in both steps
+    assert released.flops == prediction + prefixes + 2 * 3 * suffixes
+
+
+# ---------------------------------------------------------------- counting
+
+
+def test_counts_of_a_hand_worked_example() -> None:
+    net, images = chain(), torch.randn(5, 4, 8, 8)
+    with torch.no_grad():
+        forward = count(lambda: net(images), CPU)
+    assert forward.flops == 3 * 2 * 5 * 64 * 16 + 2 * 5 * 8
+    # 3 convolutions, 3 rectifiers, the mean over positions and the matrix product; flattening makes a view
+    assert forward.launches == 8
+    # The next layer's output is made while the last one's is still there, of 5 x 4 x 64 floats each.
+    assert forward.peak_bytes == 2 * 5 * 4 * 64 * 4
+    # Kept for the backward pass: what enters each convolution and what leaves each rectifier, the mean and the logits;
+    # the third convolution's output is the last to go.
+    kept = count(lambda: net(images), CPU)
+    assert (kept.flops, kept.launches) == (forward.flops, forward.launches)
+    assert 3 * 5 * 4 * 64 * 4 < kept.peak_bytes < 5 * 5 * 4 * 64 * 4
+
+
+def test_counts_see_backward_passes_and_what_is_freed() -> None:
+    weight = torch.randn(16, 32, requires_grad=True)
+    x = torch.randn(8, 32)
+
+    def work() -> None:
+        for _ in range(3):
+            torch.autograd.grad(F.linear(x, weight).sum(), weight)
+
+    once, thrice = count(lambda: torch.autograd.grad(F.linear(x, weight).sum(), weight), CPU), count(work, CPU)
+    assert once.flops == 2 * (2 * 8 * 16 * 32)
+    assert (thrice.flops, thrice.launches) == (3 * once.flops, 3 * once.launches)
+    assert once.peak_bytes <= thrice.peak_bytes <= once.peak_bytes + 8  # nothing piles up but the last loss
+
+
+def test_differences_count_channels_and_compare_scores() -> None:
+    expected = {"a": torch.tensor([[0.5, 0.25]], dtype=torch.float64), "b": torch.tensor([[1.0]], dtype=torch.float64)}
+    assert measuring.differences(expected, expected, "Z") == (0, 0.0)
+    other = {"a": torch.tensor([[0.5, 0.5]], dtype=torch.float64), "b": expected["b"] + 1e-15}
+    differing, relative = measuring.differences(other, expected, "Z")
+    assert differing == 1 and relative == pytest.approx(math.sqrt(1.5 / 1.3125) - 1)
+    assert measuring.differences(other, expected, "A")[0] is None
+
+
+# ---------------------------------------------------------------- timing, goals and report
+
+
+def test_cost_takes_the_turns_and_the_clock_it_is_given() -> None:
+    now = 0.0
+    durations = iter([9.0, 1.0, 2.0, 3.0])  # the first, the warm-up's, does not count
+
+    class Net(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            nonlocal now
+            now += 0.5
+            return images
+
+    def scorer(images: Tensor) -> None:
+        nonlocal now
+        now += next(durations)
+
+    measured = cost.measure(Net(), scorer, torch.zeros(4, 1), turns=3, clock=lambda: now)
+    assert measured.forwards == pytest.approx((3.0, 4.0, 5.0))
+    assert measured.images_per_second == pytest.approx(2.0)
+
+
+def measurement(method: str, **changes: float) -> measuring.Measurement:
+    values = {"forwards": 1.0, "forwards_q1": 0.9, "forwards_q3": 1.1, "images_per_second": 10.0, "flops": 1.0}
+    numbers = {"splits": 20, "batch": 8, "turns": 3, "launches": 9, "peak_bytes": 2**20}
+    memory = {"peak_of_kept": 1.0, "peak_of_free": 0.1, "differing_counts": None, "score_difference": None}
+    return measuring.Measurement(network="resnet18", method=method, **{**values, **numbers, **memory, **changes})  # type: ignore[arg-type]
+
+
+def test_goals_are_judged() -> None:
+    rows = [
+        measurement("msp", forwards=1.25),
+        measurement("sandi-z", forwards=3.4, peak_of_kept=2.6),
+        measurement("sandi-z-union", forwards=1.3, peak_of_kept=2.5),
+        measurement("sandi-z-t5", forwards=140.0, flops=100.0),
+        measurement("naive-z", forwards=99.0),
+    ]
+    frame = report.table(rows, on_gpu=False).set_index("method")
+    assert frame["met"].to_dict() == {
+        "msp": "", "sandi-z": "yes, no", "sandi-z-union": "yes, yes", "sandi-z-t5": "no", "naive-z": ""
+    }  # fmt: skip
+    assert "130 forwards" in frame.loc["sandi-z-t5", "goal"]
+    assert frame.loc["sandi-z", "of_msp"] == pytest.approx(1.25 / 3.4)
+    judged = report.table(rows, on_gpu=True).set_index("method")
+    assert judged.loc["sandi-z", "met"] == "yes, no, yes" and "25% of MSP" in judged.loc["sandi-z", "goal"]
+
+
+def test_msp_is_judged_at_the_largest_batch_only() -> None:
+    rows = [measurement(method, batch=batch, forwards=3.0) for batch in (8, 64) for method in ("msp", "sandi-z")]
+    frame = report.table(rows, on_gpu=True)
+    assert ["MSP" in goal for goal in frame["goal"]] == [False, False, False, True]
+
+
+def test_memory_is_judged_over_all_rows_of_sandi() -> None:
+    rows = [measurement("sandi-z", peak_of_free=0.7), measurement("naive-z", peak_of_free=0.9)]
+    assert "70.00%" in report.memory(report.table(rows, False)) and "missed" in report.memory(report.table(rows, False))
+    assert "met" in report.memory(report.table(rows[1:], False))
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def test_splits_are_chosen_evenly() -> None:
+    assert scaling.evenly("abcdef", 3) == ["a", "c", "e"]
+    assert scaling.evenly("abcdef", 1) == ["a"]
+    assert scaling.evenly("abc", None) == ["a", "b", "c"]
+
+
+def test_a_sweep_changes_one_thing_at_a_time() -> None:
+    swept = scaling.sweeps(8, quick=False)
+    base = scaling.Point(batch=8)
+    for points in swept.values():
+        changed = {key for _, point in points for key, value in asdict(point).items() if value != asdict(base)[key]}
+        assert len(changed) == 1 and len({value for value, _ in points}) == len(points) > 3
+    assert all(len(points) == 2 for points in scaling.sweeps(8, quick=True).values())
+
+
+def test_a_point_is_measured_with_its_own_numbers() -> None:
+    setting = measuring.Setting(CPU, turns=2, clock=time.perf_counter, width=1 / 16)
+    few = scaling.measure_point("number of splits", 1, scaling.Point(splits=1, batch=2, size=8, blocks=1), setting)
+    many = scaling.measure_point("number of splits", 9, scaling.Point(splits=9, batch=2, size=8, blocks=1), setting)
+    assert [point.method for point in few] == [point.method for point in many]
+    flops = {point.method: (point.flops, more.flops) for point, more in zip(few, many, strict=True)}
+    assert flops["naive-z"][1] > 5 * flops["naive-z"][0]
+    assert all(name in methods.METHODS for name in flops)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a run that takes seconds: small images, narrow and shallow networks, one sweep of two points."""
+    monkeypatch.setitem(NETWORKS, "resnet18", replace(small("resnet18"), make=cifar_resnet(1, 1, 1, 1)))
+    shallow = replace(small("resnet50"), make=lambda width: ImageNetResNet((1, 1, 1, 1), scaled(64, width)))
+    monkeypatch.setitem(NETWORKS, "resnet50", shallow)
+    points = [(n, scaling.Point(splits=n, batch=2, size=8, blocks=1)) for n in (1, 3)]
+    monkeypatch.setattr(throughput, "sweeps", lambda batch, quick: {"number of splits": points})
+    arguments = ["--device", "cpu", "--networks", "resnet18", "resnet50", "--width", "0.0625", "--batch-size", "3"]
+    return [*arguments, "--turns", "2", "--seed", "5"]
+
+
+def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert throughput.main([*tiny, "--out", str(tmp_path)]) == 0
+    scaling_files = ["scaling_number_of_splits.csv", "scaling_number_of_splits.png"]
+    table_files = ["throughput.csv", "throughput.json", "throughput.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cost.png", *scaling_files, *table_files]
+
+    frame = pd.read_csv(tmp_path / "throughput.csv")
+    assert list(zip(frame["network"], frame["method"], strict=True)) == [
+        (name, method)
+        for name in ("resnet18", "resnet50")
+        for method in methods.METHODS
+        if methods.METHODS[method].applies(NETWORKS[name])
+    ]
+    slow = frame["method"].map(lambda name: methods.METHODS[name].slow)
+    assert set(frame["batch"][~slow]) == {3} and set(frame["batch"][slow]) == {2}
+    assert (frame["forwards_q1"] <= frame["forwards"]).all() and (frame["forwards"] <= frame["forwards_q3"]).all()
+    assert (frame.loc[frame["method"].isin(["forward", "kept", "msp"]), "flops"] == 1).all()
+    assert (frame.loc[frame["method"] == "kept", "peak_of_kept"] == 1).all()
+    compared = frame[frame["score_difference"].notna()]
+    assert set(compared["method"]) == set(frame["method"]) - {"forward", "kept", "msp", "naive-z", "naive-a"}
+    assert compared["score_difference"].max() < 1e-3
+
+    record = json.loads((tmp_path / "throughput.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert [row["method"] for row in record["results"]] == list(frame["method"])
+    assert record["seed"] == 5 and record["width"] == 0.0625 and record["splits"] == "paper" and "commit" in record
+    assert record["hardware"]["torch_threads"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert {(p["value"], p["method"]) for p in record["scaling"]["number of splits"]} == {
+        (value, name) for value in (1, 3) for name in ("sandi-z", "sandi-z-exact", "naive-z")
+    }
+    printed, written = capsys.readouterr().out, (tmp_path / "throughput.md").read_text()
+    for text in (printed, written):
+        for word in ("ResNet-18 (12)", "<= 3.5 forwards; <= 2.5 kept", "multiplied by 0.0625", "released-a", "of MSP"):
+            assert word in text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_finished_measurements_survive_an_interruption(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[BaseException],
+) -> None:
+    measure = measuring.Bench.measure
+
+    def breaks(self: measuring.Bench, method: str, batch: int) -> measuring.Measurement:
+        if method == "gaia-z":
+            raise error
+        return measure(self, method, batch)
+
+    monkeypatch.setattr(measuring.Bench, "measure", breaks)
+    arguments = [*tiny, "--methods", "msp", "gaia-z", "sandi-z", "--out", str(tmp_path)]
+    if error is KeyboardInterrupt:
+        assert throughput.main(arguments) == 130
+    else:
+        with pytest.raises(error):
+            throughput.main(arguments)
+    assert list(pd.read_csv(tmp_path / "throughput.csv")["method"]) == ["msp"]
+    printed = capsys.readouterr()
+    assert " msp " in printed.out and ("Interrupted" in printed.err) == (error is KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--turns", "1"],
+        ["--batch-size", "0"],
+        ["--width", "0"],
+        ["--width", "nan"],
+        ["--networks", "resnet19"],
+        ["--methods", "sandi"],
+        ["--splits", "x"],
+        ["--device", "gpu"],
+        ["--clock", "processor", "--threads", "2"],
+        ["--networks", "resnet18", "--methods", "sandi-a"],
+    ],
+)
+def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        throughput.main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_command_imports_neither_torchvision_nor_openood() -> None:
+    program = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent)!r}]; import throughput; "
+    program += 'print("imported:", sorted({"torchvision", "openood"} & set(sys.modules)))'
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "imported: []\n"

@@ -1,0 +1,183 @@
+"""SandI equals the naive reference of :mod:`tests.helpers.oracle` in float64, on every network of :mod:`tests.helpers.networks`."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openood_sandi import SandI
+from tests.helpers import cases, networks
+from tests.helpers.cases import Case
+from tests.helpers.oracle import Options, Reference
+
+RELATIVE = 1e-12
+COMBINES = ("count", "union", "intersection")
+
+every_network = pytest.mark.parametrize("case", networks.ALL, ids=lambda case: case.name)
+every_trap = pytest.mark.parametrize("case", networks.HANDMADE, ids=lambda case: case.name)
+SOME = [c for c in networks.HANDMADE if c.name in ("InPlaceResidual", "Reused", "Attention", "Branches")]
+some_networks = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+
+
+@lru_cache(maxsize=1)  # the tests of one network follow each other
+def network(case: Case) -> tuple[nn.Module, Tensor]:
+    return cases.build(case), cases.images(case)
+
+
+@lru_cache(maxsize=4)
+def reference(case: Case, options: Options) -> Reference:
+    net, x = network(case)
+    return Reference(net, x, cases.split_points(case, net, x, before=options.feature), options)
+
+
+@lru_cache(maxsize=1)
+def rescaled(case: Case, factor: float) -> Reference:
+    naive = reference(case, Options("Z", steps=2, step_size=0.01))
+    return Reference(naive.net, naive.x * factor, naive.splits, naive.options)
+
+
+def detector_like(naive: Reference, **options: object) -> SandI:
+    """SandI with the options of a reference, but for those given."""
+    own = dict(vars(naive.options))
+    own["feature"] = own["feature"] or "auto"
+    return SandI(naive.net, splits=naive.splits, **(own | options))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for split, values in expected.items():
+        assert found[split].shape == values.shape, f"{split}: {found[split].shape}, expected {values.shape}"
+        scale = values.abs().max().item()
+        torch.testing.assert_close(
+            found[split],
+            values,
+            rtol=0,
+            atol=RELATIVE * scale,
+            msg=lambda text, split=split: f"{split}: {text}",
+        )
+
+
+def assert_agrees(detector: SandI, naive: Reference, combine: str | None = None, steps: int | None = None) -> None:
+    """Predictions, densities and tau: of the first image alone, then of the whole batch."""
+    densities, tau = naive.densities(combine, steps), naive.tau(combine, steps)
+    for batch in (1, len(naive.x)):
+        found_pred, found_tau = detector(naive.x[:batch])
+        assert torch.equal(found_pred, naive.pred[:batch])
+        torch.testing.assert_close(found_tau, tau[:batch], rtol=RELATIVE, atol=0)
+    assert_same(detector.densities(naive.x), densities)
+    assert detector.split_names == naive.splits
+
+
+Z_SETTINGS = list(itertools.product((1, 2, 3), COMBINES))
+# Long paths of big networks cost time and add nothing: they are left to the traps.
+Z_SHORT = [(1, "union"), (2, "count")]
+
+
+@every_network
+def test_z(case: Case) -> None:
+    trap = case in networks.HANDMADE
+    naive = reference(case, Options("Z", steps=3 if trap else 2, step_size=0.01))
+    for steps, combine in Z_SETTINGS if trap else Z_SHORT:
+        assert_agrees(detector_like(naive, steps=steps, combine=combine), naive, combine, steps)
+        if trap:
+            assert_agrees(
+                detector_like(naive, steps=steps, combine=combine, rectifier_shortcut=False), naive, combine, steps
+            )
+
+
+@every_trap
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_z_after_a_first_batch_of_another_kind(case: Case, combine: str, first: int) -> None:
+    """What one image shows, say that a rectifier's mask is the pattern of the gradient, need not hold for the next."""
+    naive = reference(case, Options("Z", steps=2, step_size=0.01))
+    detector = detector_like(naive, combine=combine)
+    detector(naive.x[first : first + 1])
+    assert_same(detector.densities(naive.x), naive.densities(combine))
+    assert_same(detector.densities(naive.x * 30), rescaled(case, 30).densities(combine))
+
+
+@every_network
+def test_a(case: Case) -> None:
+    trap = case in networks.HANDMADE
+    naive = reference(case, Options("A", steps=3 if trap else 2, step_size=0.01, feature=case.feature))
+    for steps in (1, 2, 3) if trap else (2,):
+        assert_agrees(detector_like(naive, steps=steps), naive, steps=steps)
+
+
+@every_trap
+@pytest.mark.parametrize("attribution, ascent", [("max_logit", "cross_entropy"), ("cross_entropy", "max_logit")])
+def test_explain(case: Case, attribution: str, ascent: str) -> None:
+    naive = reference(case, Options("Z", steps=2, step_size=0.01, attribution=attribution, ascent=ascent))
+    for variant in ("Z", "A"):
+        assert_same(detector_like(naive, variant=variant).explain(naive.x), naive.explain())
+
+
+@some_networks
+@pytest.mark.parametrize("variant", ["Z", "A"])
+@pytest.mark.parametrize("splitting", [True, False], ids=["splitting", "input_only"])
+@pytest.mark.parametrize("attribution", ["max_logit", "cross_entropy"])
+@pytest.mark.parametrize("ascent", ["max_logit", "cross_entropy"])
+@pytest.mark.parametrize("epsilon", [float("inf"), 0.05])
+def test_losses_ball_and_input_attack(
+    case: Case, variant: str, splitting: bool, attribution: str, ascent: str, epsilon: float
+) -> None:
+    options = Options(
+        variant,
+        steps=3,
+        step_size=0.01,
+        epsilon=epsilon,
+        attribution=attribution,
+        ascent=ascent,
+        splitting=splitting,
+        feature=case.feature if variant == "A" else "",
+    )
+    naive = reference(case, options)
+    assert_agrees(detector_like(naive), naive)
+    if variant == "Z":
+        assert_same(detector_like(naive).explain(naive.x), naive.explain())
+
+
+@some_networks
+@pytest.mark.parametrize("top_over", ["channels", "labels"])
+@pytest.mark.parametrize("top_fraction", [0.01, 0.5, 1.0])
+def test_top_fraction(case: Case, top_over: str, top_fraction: float) -> None:
+    options = Options("A", step_size=0.01, feature=case.feature, top_over=top_over, top_fraction=top_fraction)
+    naive = reference(case, options)
+    assert_agrees(detector_like(naive), naive)
+
+
+@some_networks
+def test_options_matter(case: Case) -> None:
+    """The settings above lead to different scores: their agreement with the reference says something."""
+    base = reference(case, Options("Z", steps=3, step_size=0.01)).tau()
+    for options in (
+        Options("Z", steps=3, step_size=0.01, splitting=False),
+        Options("Z", steps=3, step_size=0.01, epsilon=0.05),
+        Options("Z", steps=3, step_size=0.01, combine="union"),
+        Options("Z", steps=3, step_size=0.01, ascent="max_logit"),
+    ):
+        assert not torch.allclose(reference(case, options).tau(), base, rtol=1e-9), options
+
+
+def test_a_union_that_the_first_gradient_does_not_tell() -> None:
+    """Behind the last rectifier a gradient can be zero at first and not later, when the path changes the class."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    net = net.double().eval()
+    with torch.no_grad():
+        net[7].weight[:2] *= torch.eye(2).repeat(1, 4)  # two classes see every other feature
+    x = 3 * torch.randn(24, 3, 8, 8, dtype=torch.float64)
+    naive = Reference(net, x, ("1", "5"), Options("Z", steps=3, step_size=0.2))
+    detector = detector_like(naive, combine="union")
+    assert_agrees(detector, naive, "union")
+    first, union = naive.densities("union", 1)["5"], naive.densities("union")["5"]
+    assert 0 < int((first < union).any(1).sum()) < len(x), "some of the images, not all, should be of that kind"
+    assert detector._z is not None and detector._z.gates and detector._z.forward_suffices

@@ -1,0 +1,12 @@
+"""Where the checkout lies, and the data that only some machines have."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+#: Real images in OpenOOD's layout, with ``checkpoints``, ``parity`` and ``cases`` beside the folder.
+DATA = Path(os.environ.get("OPENOOD_SANDI_DATA", ROOT.parent / "shared/data"))
+CHECKPOINTS = DATA.parent / "checkpoints"
+PARITY = DATA.parent / "parity"

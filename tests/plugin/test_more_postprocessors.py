@@ -1,0 +1,90 @@
+"""Gradient Short-Circuit and Prototype Fusion in OpenOOD: Evaluator, main.py, pickles, options."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from openood_sandi.detectors.gsc import GradientShortCircuit
+from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+from tests.helpers import tiny
+from tests.plugin.test_evaluator import check_scores, config, evaluator
+from tests.plugin.test_main import main, results, scores
+
+
+def fusion(checkout: Path, **options: Any) -> PrototypeFusion:
+    """Fitted on the protocol's training images as a test preprocesses them, which the Evaluator does."""
+    images = tiny.read_images(checkout, "cifar100", "train")
+    return PrototypeFusion(tiny.network(), **options).fit([(images, torch.arange(len(images)))])
+
+
+def test_evaluator_by_name(checkout: Path) -> None:
+    for name, detector in (("gsc", GradientShortCircuit(tiny.network())), ("prototype_fusion", fusion(checkout))):
+        evaluation = evaluator(checkout, postprocessor_name=name)
+        evaluation.eval_ood(progress=False)
+        check_scores(evaluation.scores, checkout, detector)
+
+
+def test_main_with_a_set_up(checkout: Path) -> None:
+    # main.py's training images are cropped and mirrored at random, so no score is known beforehand
+    main("--postprocessor", "prototype_fusion", cwd=checkout)
+    saved = scores(results(checkout, "prototype_fusion"))
+    assert {len(arrays["conf"]) for arrays in saved.values()} == {tiny.IMAGES}
+    for arrays in saved.values():
+        # affinity - 1, where rectified maps have no negative cosines
+        assert ((arrays["conf"] > -0.5) & (arrays["conf"] < 1e-6)).all()
+
+
+def test_another_number_of_stages_and_a_pickle_need_no_other_set_up(checkout: Path) -> None:
+    from openood_sandi.postprocessor import PrototypeFusionPostprocessor
+
+    postprocessor = PrototypeFusionPostprocessor(config(checkout, "prototype_fusion"))
+    net = evaluator(checkout, postprocessor=postprocessor).net
+    images = tiny.read_images(checkout, "svhn")
+    for layers in ("last_1", "last_3"):
+        postprocessor.set_hyperparam([layers])  # as OpenOOD's search does
+        copy = pickle.loads(pickle.dumps(postprocessor))
+        copy.setup(net, {}, {})  # as eval_ood.py does with one that it has loaded
+        assert copy.setup_flag and copy.get_hyperparam() == [layers]
+        expected = -fusion(checkout, layers=layers)(images)[1]
+        np.testing.assert_allclose(copy.postprocess(net, images)[1].cpu(), expected, rtol=1e-5)
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(postprocessor).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gsc", {"mask_ratio": 2}, "gsc: mask_ratio=2.0: expected a share"),
+        ("gsc", {"ratio": 0.1}, "gsc has no option 'ratio'. Did you mean: mask_ratio"),
+        ("prototype_fusion", {"layers": 3}, "prototype_fusion: layers=3: expected a string"),
+    ],
+)
+def test_wrong_options_are_refused(checkout: Path, name: str, options: dict[str, Any], message: str) -> None:
+    from openood_sandi.plugin.registry import postprocessor_class
+
+    with pytest.raises(ValueError) as caught:
+        postprocessor_class(name)(config(checkout, name, **options))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sandi", "gaia", "gsc", "prototype_fusion"])
+def test_ymls_carry_every_option_and_a_sweep(checkout: Path, name: str) -> None:
+    from openood_sandi.plugin.registry import postprocessor_class
+
+    settings, kind = config(checkout, name).postprocessor, postprocessor_class(name)
+    given = dict(settings.postprocessor_args)
+    of_the_run = {"cache_dir": "", "unreadable": "stop"}
+    assert given == kind.settable() | of_the_run
+    assert {option: type(value) for option, value in given.items()} == {
+        option: type(value) for option, value in (kind.settable() | of_the_run).items()
+    }
+    postprocessor = kind(config(checkout, name))
+    assert postprocessor.args_dict == dict(settings.postprocessor_sweep)
+    for values in zip(*(values[-1:] for values in postprocessor.args_dict.values()), strict=True):
+        postprocessor.set_hyperparam(values)
+        assert postprocessor.get_hyperparam() == list(values)
