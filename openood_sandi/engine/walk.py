@@ -318,8 +318,8 @@ def _backward(
     handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]  # type: ignore[no-untyped-call]
     try:
         if value.requires_grad:
-            # To reach the roots, the backward pass goes through every other site on its way but those that are leaves.
-            ends = [*roots, *(tensor for tensor in z.values() if tensor.is_leaf)] or list(z.values())
+            # A site need not depend on the roots. Without roots, the leaves are reached through all the other sites.
+            ends = [*roots, *z.values()] if roots else [t for t in z.values() if t.is_leaf] or list(z.values())
             torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ __all__ = ["channel_average_plan", "logits_plan", "loss_on_logits"]
 
 
 def loss_on_logits(name: str, logits: Tensor) -> Loss:
-    """L_step, or L_attr, by its name, "max_logit" or "cross_entropy" of the predicted class; ``logits`` (B, classes) are the clean ones."""
+    """L_step, or L_attr, by its name: "max_logit", or "cross_entropy" of the class that the clean ``logits`` predict."""
     return max_logit if name == "max_logit" else cross_entropy(logits.detach().argmax(1))
 
 
