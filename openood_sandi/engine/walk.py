@@ -142,8 +142,8 @@ def _clean_pass(tape: Tape, x: Tensor, tap: Tap, observer: Observer, kept: bool)
     logits = tape.record(x, tap)
     if tape.sites and not logits.requires_grad:
         raise ReplayError(
-            f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its forward "
-            "detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
+            f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its "
+            "forward detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
         )
     if type(observer).call is not Observer.call:
         for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):

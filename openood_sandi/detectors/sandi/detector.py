@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
-from openood_sandi.detectors.sandi.losses import channel_average_plan, logits_plan, loss_on_logits
+from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine import checks
@@ -160,6 +160,12 @@ class SandI:
         """The name of A's feature map F, known after the first batch; None for Z."""
         return None if self._choice.feature is None else self._choice.feature.name
 
+    @property
+    def proved_share(self) -> float:
+        """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
+        images of A, had their gradients computed."""
+        return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+
     def __repr__(self) -> str:
         told = {**self.options, "variant": self.variant}
         if self._network.is_split:
@@ -187,7 +193,7 @@ class SandI:
 
     def _z_densities(self) -> Callable[[Tensor], Densities]:
         """What computes the densities of Z, from images (B, C, H, W)."""
-        plan = partial(logits_plan, self._network.splits)
+        plan = partial(LogitsPlan, self._network.splits)
         walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
         computed = ComputedDensities(self._network, walk, self.combine)
         # a saturated cross-entropy has g = 0 anywhere
@@ -208,7 +214,7 @@ class SandI:
     def _maps(self, x: Tensor) -> dict[str, Tensor]:
         splits = self._network.splits
         observer = AttributionMaps(splits)
-        plan = logits_plan(splits, self.attribution, self.ascent)
+        plan = LogitsPlan(splits, self.attribution, self.ascent)
         self._network.walk(x, Walk(plan, self.attack, None, self._input_ascent()), observer)
         return observer.maps()
 

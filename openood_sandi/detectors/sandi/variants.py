@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.losses import logits_plan
+from openood_sandi.detectors.sandi.losses import LogitsPlan
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Site
@@ -90,5 +90,5 @@ class _Zeros(Observer):
 def _share_with_zeros(network: SplitNetwork, splits: Sequence[Split], probe: Tensor) -> float:
     """The share of the split points whose gradient on the probe is zero here and there."""
     zeros = _Zeros()
-    network.walk(probe, Walk(logits_plan(splits, "max_logit", "max_logit")), zeros, splits)
+    network.walk(probe, Walk(LogitsPlan(splits, "max_logit", "max_logit")), zeros, splits)
     return sum(_ZEROS <= share < 1 for share in zeros.shares) / len(splits)
