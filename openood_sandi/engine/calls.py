@@ -49,6 +49,7 @@ _FOLD = {
 _BATCH_NORM = _functions("batch_norm")
 _ATTENTION = _functions("scaled_dot_product_attention")
 _RECURRENT = _functions("lstm", "gru", "rnn_tanh", "rnn_relu")
+_CELL = _functions("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 def _view(tensor: Tensor, *shape: Any, **options: Any) -> Tensor:
@@ -111,6 +112,9 @@ def _shortcut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return func(*args, **kwargs)
     if func in _RECURRENT and len(args) == 9 and isinstance(args[3], bool):
         return _recurrent(func, args, ids)
+    if func in _CELL:
+        entering = map_tensors(args[:2], lambda t: widen(t, ids).flatten(0, 1))  # features and states (batch, features)
+        return map_tensors(func(*entering, *args[2:]), lambda t: t.unflatten(0, (len(ids), -1)))
     return None
 
 

@@ -53,6 +53,8 @@ def out_of_place(
     attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__set__" else "grad"
     if attribute not in _HARMLESS_ATTRIBUTES:
         raise _no_twin(f".{attribute} = ...", "compute a new tensor instead")
+    if name.startswith("_foreach_") and name.endswith("_"):
+        raise _no_twin(name, "change one tensor after the other, out of place,")
     twin = _TWINS.get(name)
     if twin is None and name not in _NOT_DATA:
         if _IN_PLACE_OPERATOR.fullmatch(name):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    *("Lanes", "align", "constant", "find", "join", "lanes_of", "map_tensors", "one_by_one", "spread", "tag"),
-    *("tensors_in", "union", "widen"),
+    *("Lanes", "align", "as_batch", "constant", "find", "join", "lanes_of", "map_tensors", "one_by_one", "spread"),
+    *("tag", "tensors_in", "union", "widen"),
 ]
 
 
@@ -149,6 +149,18 @@ def align(tensor: Tensor, ids: tuple[int, ...], rank: int) -> Tensor:
     wide = widen(tensor, ids)
     missing = rank + 1 - wide.dim()
     return wide.reshape(len(ids), *(1,) * missing, *wide.shape[1:]) if missing else wide
+
+
+def as_batch(tensor: Tensor) -> Tensor:
+    """Logits of one image as (1, classes), also where the network has squeezed that dimension away."""
+    lanes = lanes_of(tensor)
+    if lanes is None:
+        return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+    if lanes.clean.dim() != 1:
+        return tensor
+    batch = tensor.unsqueeze(1)
+    tag(batch, lanes.ids, lanes.clean.unsqueeze(0))
+    return batch
 
 
 def one_by_one(tree: Any) -> Iterator[Any]:

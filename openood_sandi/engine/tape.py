@@ -136,7 +136,7 @@ class Tape(TorchFunctionMode):
         try:
             return self._run(x.clone(), tap)
         finally:
-            self._listen, self._changed = None, False
+            self._listen = None
 
     def release_graph(self) -> None:
         """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
@@ -166,7 +166,7 @@ class Tape(TorchFunctionMode):
 
     def _run(self, x: Tensor, tap: Tap) -> Tensor:
         self._tap = tap
-        self._names, self._position = [], 0
+        self._names, self._position, self._changed = [], 0, False
         self._regions = Regions()
         visits: Counter[str] = Counter()
 
@@ -187,7 +187,10 @@ class Tape(TorchFunctionMode):
                 handles.append(module.register_forward_hook(hook_for(name)))
             with torch.set_grad_enabled(torch.is_grad_enabled()), self:  # the network may leave it otherwise
                 output = self.net(x)
-            return self.current(output) if isinstance(output, Tensor) else output
+            if not isinstance(output, Tensor):
+                return output  # type: ignore[no-any-return]
+            output = self.current(output)
+            return lanes.as_batch(output) if len(x) == 1 else output
         finally:
             for handle in handles:
                 handle.remove()
@@ -231,7 +234,8 @@ class Tape(TorchFunctionMode):
         if self._replaced:
             args, kwargs = lanes.map_tensors((args, kwargs), self.current)
         self._names.append(_name_out_of_place(func))
-        operands = lanes.tensors_in((args, kwargs)) if self._listen or self._recording or self._regions.matter else []
+        followed = self._recording or self._changed or self._regions.matter
+        operands = lanes.tensors_in((args, kwargs)) if followed else []
         target = None
         if self._is_derived(operands):
             func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)

@@ -84,7 +84,7 @@ def _is_basic(item: Any) -> bool:
 
 
 def _dimensions_behind(items: tuple[Any, ...], at: int, others: int) -> int:
-    """How many dimensions of a part lie behind those of the mask at ``items[at]``, which are not among its ``others``."""
+    """How many of a part's ``others`` dimensions, those that the mask at ``items[at]`` leaves, lie behind its own."""
 
     def kept(side: tuple[Any, ...]) -> int:
         return sum(item is None or isinstance(item, slice) for item in side)
