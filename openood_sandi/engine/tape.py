@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.no_grad import Regions
 
-__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep"]
+__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep", "running"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ Listener = Callable[[int, str, Any], None]
 def keep(site: Site, tensor: Tensor) -> Tensor:
     """A tap that changes nothing."""
     return tensor
+
+
+_now = threading.local()
+
+
+def running() -> Tape | None:
+    """The tape whose pass is on in this thread."""
+    return getattr(_now, "tape", None)
 
 
 class Tape(TorchFunctionMode):
@@ -162,6 +171,11 @@ class Tape(TorchFunctionMode):
             self._heard = None
 
     @property
+    def is_replay(self) -> bool:
+        """Whether the pass that is on repeats a recorded one."""
+        return not self._recording and self._listen is None
+
+    @property
     def call_names(self) -> tuple[str, ...]:
         """The calls of the last pass by name: equal for two passes that took the same way through the network."""
         return tuple(self._names)
@@ -193,6 +207,7 @@ class Tape(TorchFunctionMode):
         try:
             for name, module in self._hooked.items():
                 handles.append(module.register_forward_hook(hook_for(name)))
+            _now.tape = self
             with torch.set_grad_enabled(torch.is_grad_enabled()), self:  # the network may leave it otherwise
                 output = self.net(x)
             if not isinstance(output, Tensor):
@@ -200,6 +215,7 @@ class Tape(TorchFunctionMode):
             output = self.current(output)
             return lanes.as_batch(output) if len(x) == 1 else output
         finally:
+            _now.tape = None
             for handle in handles:
                 handle.remove()
             self._replaced.clear()

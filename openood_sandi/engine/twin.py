@@ -4,9 +4,8 @@ The twin is a copy of the module tree whose parameters are aliases of the caller
 show through, and nothing requires gradients. Buffers and tensors kept as attributes are copies, refreshed from the
 caller's before each batch; hooks and attributes are its own. What its forward writes is undone after the batch.
 
-The user's hooks are part of the function that the network computes, so the twin has them: plain functions are the same
-objects, callable objects and bound methods are copied with the network. They see whatever tensors a pass holds; that
-these have the network's own shapes is the business of whoever runs the pass.
+The user's forward hooks are part of the function that the network computes, so the twin has them (:mod:`.hooks`): plain
+functions are the same objects, callable objects and bound methods are copied with the network.
 
 A network that has no twin (something in it cannot be copied, or a function in it holds on to the original) is run
 itself, one batch at a time, and left as it was found.
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
+from openood_sandi.engine.hooks import tame
 
 __all__ = ["Snapshot", "Twin", "in_this_thread"]
 
@@ -164,6 +164,7 @@ class _Copied:
             pairs += _scripted_pairs(scripted, memo[id(scripted)])
         for module in self.net.modules():
             vars(module).pop("_compiled_call_impl", None)  # net.compile(): the eager forward is what can be split
+        tame(self.net)
         self.contents = Contents(self.net)
         self.mirror = Mirror(pairs)
 
