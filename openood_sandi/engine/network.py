@@ -154,7 +154,7 @@ class SplitNetwork:
                 return [work(part) for part in self._cut(x)]
             except Exception as error:
                 if not isinstance(error, ReplayError) and not is_out_of_memory(error):
-                    checks.require_accepted(self.net, x)
+                    checks.require_accepted(self._running, x)
                 raise
 
     def _cut(self, x: Tensor) -> Iterator[Tensor]:
