@@ -39,7 +39,7 @@ _HOMES = {
     "score_dataset": "runs.score",
 }
 
-__all__ = [  # noqa: F822  # by __getattr__
+__all__ = [
     "DetectorInfo",
     "GradientShortCircuit",
     "Observer",

@@ -80,7 +80,8 @@ def test_entry_points_and_configurations_are_found(python: Callable[[], str]) ->
         "    print(entry.name, entry.value, registry.config_file(entry.name).is_file())"
     )
     lines = set(evaluate(python(), code).splitlines())
-    assert {f"{name} {value} True" for name, value in registry.OWN.items()} <= lines
+    own = {name: f"openood_sandi.postprocessor:{own}" for name, (_, own) in registry.DETECTORS.items()}
+    assert {f"{name} {value} True" for name, value in own.items()} <= lines
 
 
 def test_a_removed_package_leaves_python_silent() -> None:
