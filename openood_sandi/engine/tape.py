@@ -103,6 +103,7 @@ class Tape(TorchFunctionMode):
         self._hooked = {name: net.get_submodule(name) for name, _ in self._at_module}
         self._tap: Tap = keep
         self._listen: Listener | None = None
+        self._heard: Listener | None = None
         self._changed = False
         self._names: list[str] = []
         self._sizes: list[int] = []
@@ -147,9 +148,16 @@ class Tape(TorchFunctionMode):
 
         self.calls = [replace(call, result=lanes.map_tensors(call.result, detach)) for call in self.calls]
 
-    def replay(self, x: Tensor, tap: Tap) -> Tensor:
-        """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses."""
-        return self._run(x, tap)
+    def replay(self, x: Tensor, tap: Tap, heard: Listener | None = None) -> Tensor:
+        """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses.
+
+        Every result is shown to ``heard``.
+        """
+        self._heard = heard
+        try:
+            return self._run(x, tap)
+        finally:
+            self._heard = None
 
     @property
     def call_names(self) -> tuple[str, ...]:
@@ -239,6 +247,8 @@ class Tape(TorchFunctionMode):
             result = self._record_call(func, args, kwargs, tensors)
         else:
             result = self._replay_call(func, args, kwargs)
+            if self._heard is not None:
+                self._heard(self._position, self._names[-1], result)
         if target is not None and isinstance(result, Tensor) and result is not target:
             self._replaced[id(target)] = (target, result)
             if self._recording:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,38 +11,23 @@ from torch import Tensor
 
 from openood_sandi.engine.splits import Split
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.walk import Loss, LossPlan, Objective
 
-__all__ = ["Loss", "Objective", "Plan", "ascended", "channel_average_plan", "logits_plan"]
-
-Loss = Callable[[Tensor, "Tensor | None"], Tensor]
-"""From the logits (L, B, classes) and the feature map F (L, B, ...) of L copies of a batch to the sum over copies and
-images of a loss, so that the gradient of each copy of each image is its own."""
+__all__ = ["channel_average_plan", "logits_plan", "loss_on_logits"]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """At one split: g_i = d attribution / dz, and sign(d ascent / dz) is the direction of the step."""
-
-    attribution: Loss | None
-    """None where g_i is not wanted."""
-    ascent: Loss
-
-
-Plan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
-"""From clean logits (B, classes) and clean F to the objective of each split, F's own included where it has one."""
-
-
-def ascended(name: str, logits: Tensor) -> Loss:
-    """L_step, or L_attr, by its name; ``logits`` (B, classes) are the clean ones."""
+def loss_on_logits(name: str, logits: Tensor) -> Loss:
+    """L_step, or L_attr, by its name, "max_logit" or "cross_entropy" of the predicted class; ``logits`` (B, classes) are the clean ones."""
     return max_logit if name == "max_logit" else cross_entropy(logits.detach().argmax(1))
 
 
-def logits_plan(splits: Sequence[Split], attribution: str, ascent: str) -> Plan:
-    """The same at every split: ``attribution`` and ``ascent`` are "max_logit" or "cross_entropy"."""
+def logits_plan(splits: Sequence[Split], attribution: str | None, ascent: str) -> LossPlan:
+    """The same at every split: ``attribution`` (None for no gradient) and ``ascent`` by their names."""
 
     def plan(logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
-        attributed = ascended(attribution, logits)
-        objective = Objective(attributed, attributed if ascent == attribution else ascended(ascent, logits))
+        attributed = None if attribution is None else loss_on_logits(attribution, logits)
+        stepped = attributed if attributed is not None and ascent == attribution else loss_on_logits(ascent, logits)
+        objective = Objective(attributed, stepped)
         return {split.site: objective for split in splits}
 
     return plan
@@ -51,7 +35,7 @@ def logits_plan(splits: Sequence[Split], attribution: str, ascent: str) -> Plan:
 
 def channel_average_plan(
     splits: Sequence[Split], feature: Split, ascent: str, top_fraction: float, top_over: str
-) -> Plan:
+) -> LossPlan:
     """S&I-A: F attributed at the splits, the sum of log-softmax at F (Eq. 12).
 
     ``ascent`` is "cross_entropy", or "max_logit" to ascend what is attributed, as the released code then does.
@@ -71,7 +55,7 @@ def channel_average_plan(
         if ascent == "max_logit":
             at_split, at_feature = Objective(inner, inner), Objective(outer, outer)
         else:
-            step = ascended(ascent, logits)
+            step = loss_on_logits(ascent, logits)
             at_split, at_feature = Objective(inner, step), Objective(outer, step)
         return {**{split.site: at_split for split in splits}, feature.site: at_feature}
 
