@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from openood_sandi.detectors.sandi.detector import SandI
     from openood_sandi.engine.errors import ReplayError
     from openood_sandi.engine.network import SplitNetwork
-    from openood_sandi.engine.walk import Observer
+    from openood_sandi.engine.walk import Objective, Observer, Walk
     from openood_sandi.plugin.seams import register
     from openood_sandi.runs.score import score_dataset
 
@@ -30,11 +30,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "DetectorInfo": "detectors.info",
     "GradientShortCircuit": "detectors.gsc",
+    "Objective": "engine.walk",
     "Observer": "engine.walk",
     "PrototypeFusion": "detectors.prototype_fusion",
     "ReplayError": "engine.errors",
     "SandI": "detectors.sandi.detector",
     "SplitNetwork": "engine.network",
+    "Walk": "engine.walk",
     "register": "plugin.seams",
     "score_dataset": "runs.score",
 }
@@ -42,11 +44,13 @@ _HOMES = {
 __all__ = [
     "DetectorInfo",
     "GradientShortCircuit",
+    "Objective",
     "Observer",
     "PrototypeFusion",
     "ReplayError",
     "SandI",
     "SplitNetwork",
+    "Walk",
     "__version__",
     "register",
     "score_dataset",

@@ -29,7 +29,7 @@ MOVED = {
     "inference": "runs.score",
     "inplace": "engine.inplace",
     "lanes": "engine.lanes",
-    "masks": "detectors.sandi.masks",
+    "masks": "detectors.sandi.rectifiers",
     "memory": "engine.memory",
     "objectives": "detectors.sandi.losses",
     "paths": "engine.walk",

@@ -36,7 +36,8 @@ def test_wheel_holds_package_configurations_and_start_up_files() -> None:
     assert {"openood_sandi.pth", "openood_sandi.start", "openood_sandi/py.typed"} <= names
     assert {f"openood_sandi/configs/postprocessors/{name}" for name in configurations} <= names
     assert {"sandi.yml", "gaia.yml"} <= configurations
-    modules = {path.name for path in (installation.ROOT / "openood_sandi").glob("*.py")}
+    package = installation.ROOT / "openood_sandi"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     assert {f"openood_sandi/{name}" for name in modules} <= names
     top_level = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top_level == {"openood_sandi", "openood_sandi.pth", "openood_sandi.start"}
@@ -82,6 +83,26 @@ def test_entry_points_and_configurations_are_found(python: Callable[[], str]) ->
     lines = set(evaluate(python(), code).splitlines())
     own = {name: f"openood_sandi.postprocessor:{own}" for name, (_, own) in registry.DETECTORS.items()}
     assert {f"{name} {value} True" for name, value in own.items()} <= lines
+
+
+def test_description_and_classes_come_from_the_detectors() -> None:
+    code = (
+        "import sys\n"
+        "from importlib import metadata\n"
+        "print(metadata.metadata('openood-sandi')['Summary'])\n"
+        "print('torch' in sys.modules)"
+    )
+    summary, torch_imported = evaluate(installation.wheel_python(), code).splitlines()
+    assert summary == "Out-of-distribution detection for OpenOOD: S&I, GAIA, GSC and Prototype Fusion"
+    assert torch_imported == "False"
+
+
+def test_public_names_load_when_first_used() -> None:
+    for name in openood_sandi.__all__:
+        assert getattr(openood_sandi, name) is not None, name
+    assert {*openood_sandi.__all__} == {*openood_sandi._HOMES, "__version__"} == {*dir(openood_sandi)}
+    with pytest.raises(AttributeError, match="has no attribute 'sandi'"):
+        _ = openood_sandi.sandi
 
 
 def test_a_removed_package_leaves_python_silent() -> None:
