@@ -10,6 +10,7 @@ import warnings
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 #: Name of a module in this package before 0.2, and its name now.
 MOVED = {
@@ -47,6 +48,13 @@ MOVED = {
 }
 
 
+def infer(*arguments: Any, description: str = "", progress: bool = True, **options: Any) -> Any:
+    """:func:`openood_sandi.score_dataset` as it was called before 0.2."""
+    from openood_sandi import score_dataset
+
+    return score_dataset(*arguments, progress=progress and (description or True), **options)
+
+
 def find(fullname: str) -> ModuleSpec | None:
     """The spec of ``openood_sandi.<old name>``; None for any other name."""
     package, _, name = fullname.partition(".")
@@ -63,7 +71,9 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         warn(old, self.new)
-        sys.modules[old] = import_module(self.new)
+        sys.modules[old] = found = import_module(self.new)
+        if old == "openood_sandi.inference":
+            vars(found).setdefault("infer", infer)
 
 
 def warn(old: str, new: str) -> None:

@@ -29,7 +29,7 @@ from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.plugin import checkpoints, registry
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
             progress: show a progress bar.
 
         Under ``torchrun`` every process scores its share of the batches, and all return the whole; with ``cache_dir``
-        what an earlier run has scored is not scored again: :func:`openood_sandi.runs.score.infer`.
+        what an earlier run has scored is not scored again: :func:`openood_sandi.score_dataset`.
 
         Returns:
             Predicted class, confidence and label of every image, (N,) each, in the loader's order.
@@ -111,8 +111,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         device = next(itertools.chain(net.parameters(), net.buffers())).device
         key = self._key(net, data_loader)
         cache = ScoreCache(Path(self.run["cache_dir"]).expanduser()) if key and self.run["cache_dir"] else None
-        pred, score, label = infer(
-            detector, data_loader, device, cache=cache, key=key, progress=progress, unreadable=self.run["unreadable"]
+        pred, score, label = score_dataset(
+            detector, data_loader, device, key=key, cache=cache, unreadable=self.run["unreadable"], progress=progress
         )
         return pred, -score, label
 
@@ -121,14 +121,9 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         if not self.run["cache_dir"] and not ranks.launched():
             return None
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
+        dataset = getattr(data_loader, "dataset", data_loader)
         try:
-            return {
-                "method": type(self).__qualname__,
-                "options": self.options,
-                "fitted": keys.state(fitted),
-                "network": keys.network(net),
-                "images": keys.images(getattr(data_loader, "dataset", data_loader)),
-            }
+            return keys.score_key(type(self).__qualname__, self.options, net, dataset, fitted=keys.state(fitted))
         except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)

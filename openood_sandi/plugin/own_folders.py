@@ -53,8 +53,8 @@ def for_script(script: ModuleType) -> None:
     elif given.ckpt_path is not None:
         run = given.ckpt_path.parent
         others += ["--ckpt-path", str(_mirror(run, _place(run)) / given.ckpt_path.name)]
-    elif hasattr(script, "ROOT_DIR"):
-        script.ROOT_DIR = str(_checkout(Path(script.ROOT_DIR)))
+    elif "ROOT_DIR" in vars(script):
+        vars(script)["ROOT_DIR"] = str(_checkout(Path(vars(script)["ROOT_DIR"])))
     sys.argv[1:] = others
 
 

@@ -1,7 +1,7 @@
 """OpenOOD under ``torchrun``: the ranks share the images, and rank 0 alone prints and writes.
 
 OpenOOD knows ranks only where it has started them itself; here every rank runs all of its code. What costs time,
-scoring and counting hits, goes through :func:`openood_sandi.runs.score.infer`, whose results all ranks have, so each
+scoring and counting hits, goes through :func:`openood_sandi.score_dataset`, whose results all ranks have, so each
 computes the same metrics. Ranks above 0 print nothing, and OpenOOD's own scripts write to temporary folders there
 (:mod:`openood_sandi.plugin.own_folders`). Errors go to standard error on every rank. Without ``torchrun`` nothing is
 changed.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openood_sandi.plugin import own_folders
 from openood_sandi.runs import keys, ranks
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 
 #: How long ranks wait for the one that downloads what is missing.
 _DOWNLOAD = timedelta(days=1)
@@ -59,7 +59,7 @@ def share_inference(postprocessor: Any) -> None:
 
     def inference(self: Any, net: Any, data_loader: Any, progress: bool = True) -> Any:
         score = functools.partial(self.postprocess, net)
-        return infer(score, data_loader, _device(net), key=_key(self, net), progress=progress)
+        return score_dataset(score, data_loader, _device(net), key=_key(self, net), progress=progress)
 
     postprocessor.inference = functools.wraps(postprocessor.inference)(inference)
 
@@ -91,7 +91,7 @@ def share_evaluation(module: Any) -> None:
             return pred, pred
 
         self.net.eval()
-        pred, _, label = infer(predict, data_loader, _device(self.net), progress=progress, description=msg)
+        pred, _, label = score_dataset(predict, data_loader, _device(self.net), progress=progress and msg)
         return torch.from_numpy(pred), torch.from_numpy(label)
 
     evaluator.__init__ = __init__

@@ -101,7 +101,7 @@ def test_it_is_in_the_table_of_detectors(module: Any) -> None:
 
 def test_a_name_is_given_once(module: Any) -> None:
     register(module.INFO)  # again: nothing
-    with pytest.raises(ValueError, match="its name 'gsc' is already that of openood_sandi.postprocessor:GSCPost"):
+    with pytest.raises(ValueError, match=r"its name 'gsc' is already that of openood_sandi\.postprocessor:GSCPost"):
         register(DetectorInfo("gsc", "GSC", "mine:GSC", "", "", ""))
     other = DetectorInfo("mean_gradient", "Another", "another:Mean", "", "", "")
     with pytest.raises(ValueError, match="its name 'mean_gradient' is already that of mean_gradient:MeanGradient"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import openood_sandi
 from openood_sandi import moved
@@ -61,6 +62,16 @@ def test_old_pickles_load() -> None:
     with pytest.warns(DeprecationWarning, match="score_cache is now openood_sandi.runs.cache"):
         read = pickle.loads(written)
     assert type(read) is BatchScores and read.score.tolist() == [1, 1]
+
+
+def test_infer_is_score_dataset() -> None:
+    with pytest.warns(DeprecationWarning, match=r"inference is now openood_sandi\.runs\.score"):
+        from openood_sandi.inference import infer
+    batches = [(torch.zeros(2, 3, 4, 4), torch.arange(2))]
+    found = infer(
+        lambda x: (x[:, 0, 0, 0].long(), x[:, 0, 0, 0] + 1), batches, "cpu", description="svhn", progress=False
+    )
+    assert [array.tolist() for array in found] == [[0, 0], [1, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("name", ["SEAMS", "find_openood", "open_seam", "register"])

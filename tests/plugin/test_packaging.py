@@ -56,6 +56,20 @@ def test_environment_variable_switches_it_off(python: Callable[[], str]) -> None
     assert startup.OpenOODFinder.__name__ in evaluate(python(), code, **{startup.SWITCH: "0"})
 
 
+@pytest.mark.parametrize(
+    ("value", "active"),
+    [
+        *((value, False) for value in ("1", "true", "True", "yes", "on", " ON ", "anything")),
+        *((value, True) for value in ("0", "false", "False", "no", "off", "OFF", "", " ")),
+    ],
+)
+def test_values_of_the_switch(monkeypatch: pytest.MonkeyPatch, value: str, active: bool) -> None:
+    monkeypatch.setenv(startup.SWITCH, value)
+    monkeypatch.setattr(sys, "meta_path", [])
+    startup.activate()
+    assert (startup.OpenOODFinder in sys.meta_path) == active
+
+
 def test_start_up_imports_nothing_but_itself() -> None:
     code = (
         "import os, sys\n"
