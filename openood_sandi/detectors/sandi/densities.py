@@ -23,13 +23,6 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _by_position(tensor: Tensor, channel_axis: int) -> Tensor:
-    """(B, ..., K, ...) as (B, K, positions)."""
-    if channel_axis == 1 and tensor.dim() > 2:
-        return tensor.flatten(2)
-    return tensor.movedim(channel_axis, 1).unsqueeze(-1).flatten(2)
-
-
 def _count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
@@ -54,7 +47,7 @@ class NonZeroDensity:
     motion = None
 
     def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:
-        self._axes = {split.site: split.channel_axis for split in splits}
+        self._at = {split.site: split for split in splits}
         self._steps = steps
         self._combine = combine if steps > 1 else "count"  # of a single one, all are the same
         self._counts: dict[Site, Tensor] = {}
@@ -66,7 +59,7 @@ class NonZeroDensity:
 
     def pattern(self, site: Site, mask: Tensor) -> None:
         """Takes in where g_i is not zero, True or 1 there."""
-        mask = _by_position(mask, self._axes[site])
+        mask = self._at[site].by_channel(mask)
         self._sizes[site] = mask.shape[2]
         if self._combine == "count":
             count = _count(mask)
@@ -82,11 +75,11 @@ class NonZeroDensity:
         if self._combine != "count":
             self._counts = {site: _count(mask) for site, mask in self._masks.items()}
         times = self._steps if self._combine == "count" else 1
-        counts = [self._counts[site] for site in self._axes]
+        counts = [self._counts[site] for site in self._at]
         # converted all at once, as there can be a hundred splits
         every = torch.cat(counts, 1).to(_exact(counts[0].device))
         parts = torch.split(every, [count.shape[1] for count in counts], 1)
-        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._axes, parts, strict=True)}
+        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._at, parts, strict=True)}
 
 
 # Where the log-softmax does not depend on F at all, Eq. 13 has no value; this keeps it finite, and large.
@@ -108,12 +101,12 @@ class ChannelAverage:
     motion = None
 
     def __init__(self, splits: Sequence[Split], feature: Split, steps: int) -> None:
-        self._axes = {split.site: split.channel_axis for split in (*splits, feature)}
+        self._at = {split.site: split for split in (*splits, feature)}
         self._splits, self._feature, self._steps = splits, feature, steps
         self._sums: dict[Site, Tensor] = {}
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        mean = _by_position(gradient, self._axes[site]).mean(2)
+        mean = self._at[site].by_channel(gradient).mean(2)
         self._sums[site] = self._sums[site].add_(mean) if site in self._sums else mean
 
     def densities(self) -> dict[str, Tensor]:
@@ -128,7 +121,7 @@ class AttributionMaps:
     """A_j of Eq. 10, sum_i (z_j^i - z_j^{i-1}) g_i, summed over channels."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
-        self._axes = {split.site: split.channel_axis for split in splits}
+        self._at = {split.site: split for split in splits}
         self._latest: dict[Site, Tensor] = {}
         self._maps: dict[Site, Tensor] = {}
 
@@ -136,9 +129,14 @@ class AttributionMaps:
         self._latest[site] = gradient
 
     def motion(self, site: Site, offset: Tensor) -> None:
-        part = (offset * self._latest.pop(site)).sum(self._axes[site])
+        part = self._at[site].by_image(offset * self._latest.pop(site)).sum(1)
         self._maps[site] = self._maps[site].add_(part) if site in self._maps else part
 
     def maps(self) -> dict[str, Tensor]:
         """{split name: (B, R, S)}; tokens have S = 1, vectors R = S = 1."""
-        return {site.name: self._maps[site][(...,) + (None,) * (3 - self._maps[site].dim())] for site in self._axes}
+        return {site.name: _as_map(self._maps[site]) for site in self._at}
+
+
+def _as_map(positions: Tensor) -> Tensor:
+    """(B, *positions) as (B, R, S)."""
+    return positions[(...,) + (None,) * max(0, 3 - positions.dim())].flatten(2)

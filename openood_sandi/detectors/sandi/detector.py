@@ -20,7 +20,7 @@ from openood_sandi.engine import checks
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import Room, free_memory, is_out_of_memory
-from openood_sandi.engine.splits import Split, survey
+from openood_sandi.engine.splits import Split, record_network
 from openood_sandi.engine.tape import Site, Tape
 from openood_sandi.engine.walk import Observer, walk_input, walk_splits
 
@@ -195,7 +195,7 @@ class SandI:
         self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, attack: Attack, observer: Observer,
         gates: Gates,
     ) -> tuple[Tensor, dict[Site, Tensor], bool]:  # fmt: skip
-        """Logits, images (B,) in doubt at each gate, and whether the network made the survey's calls."""
+        """Logits, images (B,) in doubt at each gate, and whether the network made the recorded calls."""
         sites = [split.site for split in splits]
         tape = Tape(self.net, [site for site in sites if gates.steps > 1 or site not in gates.at])
         doubtful: dict[Site, Tensor] = {}
@@ -243,7 +243,7 @@ class SandI:
 
     def _find_splits(self, x: Tensor) -> None:
         checks.warn_of_range(x)
-        found, recorded = survey(self.net, x)
+        found, recorded = record_network(self.net, x)
         with torch.no_grad():
             plain = self.net(x)
         checks.require_logits(plain)

@@ -17,7 +17,7 @@ from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.masks import Gates
 from openood_sandi.detectors.sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.splits import Split, Survey
+from openood_sandi.engine.splits import Split, RecordedNetwork
 from openood_sandi.engine.tape import Site
 
 __all__ = ["ZScorer"]
@@ -34,7 +34,7 @@ _COINCIDENCE = 1e-6
 
 Walk = Callable[[Tensor, Sequence[Split], Attack, NonZeroDensity, Gates], tuple[Tensor, dict[Site, Tensor], bool]]
 """Walks the paths of the splits on images (B, C, H, W) and returns the logits, the images (B,) in doubt at each gate,
-and whether the network made the survey's calls."""
+and whether the network made the recorded calls."""
 
 
 class ZScorer:
@@ -49,7 +49,7 @@ class ZScorer:
     """
 
     def __init__(
-        self, splits: Sequence[Split], attack: Attack, combine: str, walk: Walk, shortcut: Survey | None
+        self, splits: Sequence[Split], attack: Attack, combine: str, walk: Walk, shortcut: RecordedNetwork | None
     ) -> None:
         self._splits, self._attack, self._combine, self._walk = splits, attack, combine, walk
         self._calls: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ class ZScorer:
                 _give_up(gates, split, share, relied=not first)
         self.gates = gates
 
-    def _find_gates(self, found: Survey) -> None:
+    def _find_gates(self, found: RecordedNetwork) -> None:
         """The gates worth having: where one forward pass tells g_1, or one backward pass more g_2."""
         gates = find_gates(found.calls, found.positions(self._splits))
         self._calls, self._certificate = found.call_names, find_certificate(found.calls)
@@ -164,7 +164,7 @@ class ZScorer:
         """Logits, densities with the patterns at ``gates`` read off, and images (B,) where these do not tell.
 
         With ``steps`` = 1 they are those of g_1, which at a gate is all of the union; with 2, the gates tell g_2 too.
-        None if the network made other calls than in the survey: gates are places on the survey's tape.
+        None if the network made other calls than recorded: gates are places on that tape.
         """
         at = {split.site: gates[split.site] for split in splits if split.site in gates}
         attack = replace(self._attack, steps=1) if at and steps == 1 else self._attack
