@@ -26,7 +26,8 @@ def last_map(recorded: Pass, axes: ChannelAxes) -> int | None:
     projection into attention heads; where branches meet at the logits alone, the last one on any path.
     """
     flow = _Flow(recorded, axes)
-    return next(flow.maps(only_cuts=True), None) or next(flow.maps(only_cuts=False), None)
+    found = next(flow.maps(only_cuts=True), None)
+    return flow.returned(recorded, found) if found is not None else next(flow.maps(only_cuts=False), None)
 
 
 class _Flow:
@@ -54,6 +55,18 @@ class _Flow:
             if position >= 0 and self._is_map(position) and not self._leads_to_heads(position):
                 yield position
 
+    def returned(self, recorded: Pass, position: int) -> int:
+        """The map at ``position`` as a module returns it, if all that happens before is that it is moved about."""
+        outputs = {id(layer.output) for layer in recorded.layers if layer.name}
+        here = position
+        while id(self._calls[here].result) not in outputs:
+            (here, *others) = self._consumers[here] or [self._end]
+            result = self._calls[here].result
+            known = isinstance(result, Tensor) and result.dim() > 2 and self._axes[here] is not None
+            if others or not known or self._calls[here].name not in MOVES or here in self._pooled:
+                return position
+        return here
+
     def _cuts(self) -> set[int]:
         """Results without which nothing of the images reaches the logits."""
         cuts: set[int] = set()
@@ -69,7 +82,7 @@ class _Flow:
         result = call.result
         if not isinstance(result, Tensor) or not result.is_floating_point() or axis is None or position in self._pooled:
             return False
-        return result.dim() > 2 and call.name not in MOVES
+        return result.dim() > 2 and call.name not in MOVES and not call.name.startswith("adaptive_")
 
     def _is_pooled(self, position: int) -> bool:
         """Whether a call, or one before it, averages over all positions, and no spatial convolution makes a map since."""
@@ -78,13 +91,19 @@ class _Flow:
         if result is None or _is_spatial_convolution(call):
             return False
         if call.name in PRODUCTS or call.name == "scaled_dot_product_attention":
-            return len(set(call.producers)) > 1 and result.dim() > 2 and result.shape[-2] == 1
+            if result.dim() > 2 and result.shape[-2] == 1 and any(map(self._has_rows, call.producers)):
+                return True
         if call.name in _GLOBAL or call.name.startswith("adaptive_"):
             axis = self._axes[position]
             lengths = [length for i, length in enumerate(result.shape) if i not in (0, axis)]
             if axis is not None and all(length == 1 for length in lengths):
                 return True
         return all(producer in self._pooled for producer in call.producers)
+
+    def _has_rows(self, position: int) -> bool:
+        """Whether more than one vector is what an attention pools here."""
+        tensor = first_tensor(self._calls[position].result) if position >= 0 else None
+        return tensor is not None and tensor.dim() > 2 and tensor.shape[-2] > 1
 
     def _leads_to_heads(self, position: int) -> bool:
         """Whether all that is done with the result is to cut its channels into the heads of an attention."""

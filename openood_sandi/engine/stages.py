@@ -9,6 +9,7 @@ from dataclasses import dataclass
 __all__ = ["Point", "last_group", "last_stage"]
 
 _FEW = 6
+_HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,27 +25,28 @@ class Point:
 def last_stage(points: Sequence[Point], positions: int, holders: Iterable[str]) -> list[int]:
     """Which of the points, in call order and none behind the last feature map, are those of the last stage.
 
-    That is the innermost module which holds all points at the resolution of the last feature map, but for at most
-    one (the head's own normalisation), and mostly such points: ``layer4`` of a ResNet, ``block4`` of BiT with the points
-    where it enters at the resolution before. A flat network has no such module; there it is the points at that
-    resolution. Where hardly anything comes before that resolution, as in a vision transformer, the network has no
-    stages, and the last third of its blocks stands for one.
+    That is the module whose points agree best with those at the resolution of the last feature map, the innermost of
+    several: ``layer4`` of a ResNet, ``block4`` of BiT with the points where it enters at the resolution before. A flat
+    network has no module for which more than half of both agree; there it is the points at that resolution, or, where a
+    pool leads from these to the last feature map, at that of the last points. Where
+    hardly anything comes before that resolution, as in a vision transformer, the network has no stages, and the last
+    third of its blocks stands for one.
 
     Args:
         points: the split points.
         positions: of the last feature map.
         holders: names of the network's modules.
     """
-    last = [i for i, point in enumerate(points) if _same(point.positions, positions)] or [len(points) - 1]
+    last = [i for i, point in enumerate(points) if _same(point.positions, positions)] or last_group(points)
     if len(last) >= _FEW and len(points) - len(last) < len(last) / 2:
         return _last_third(points, last)
-    held: list[list[int]] = []
-    for name in set(holders):
+    best, agreement = last, _HALF
+    for name in sorted({name for name in holders if name}, key=len):
         inside = [i for i, point in enumerate(points) if point.module.startswith(name + ".")]
-        fitting = len(set(inside) & set(last))
-        if name and fitting and fitting >= len(last) - 1 and fitting > len(inside) - fitting:
-            held.append(inside)
-    return min(held, key=len) if len(last) > 1 and held else last
+        both = len(set(inside) & set(last))
+        if both / (len(last) + len(inside) - both) >= max(agreement, math.nextafter(_HALF, 1)):
+            best, agreement = inside, both / (len(last) + len(inside) - both)
+    return best
 
 
 def last_group(points: Sequence[Point]) -> list[int]:
