@@ -21,13 +21,15 @@ def last_map(recorded: Pass, axes: ChannelAxes) -> int | None:
     """The tape position of the last feature map, None if the network has none.
 
     A feature map has channels and positions: maps (B, C, H, W) at any resolution, 1x1 included as long as no global
-    pooling made it so, and tokens (B, N, D). Of these it is the last one that all paths from the images to the logits go
-    through, which the insides of residual branches, attention and squeeze-and-excitation are not, and that is not a
-    projection into attention heads; where branches meet at the logits alone, the last one on any path.
+    pooling made it so, and tokens (B, N, D). Of these it is the last one that all paths from the images to the logits
+    go through, which the insides of residual branches, attention and squeeze-and-excitation are not, and that is not
+    a projection into attention heads. Where branches run side by side for the second half of the network or more, it is
+    the last one on any path.
     """
     flow = _Flow(recorded, axes)
-    found = next(flow.maps(only_cuts=True), None)
-    return flow.returned(recorded, found) if found is not None else next(flow.maps(only_cuts=False), None)
+    cut = next(flow.maps(only_cuts=True), None)
+    found = cut if cut is not None and 2 * cut > len(recorded.calls) else next(flow.maps(only_cuts=False), None)
+    return None if found is None else flow.returned(recorded, found)
 
 
 class _Flow:
@@ -85,7 +87,7 @@ class _Flow:
         return result.dim() > 2 and call.name not in MOVES and not call.name.startswith("adaptive_")
 
     def _is_pooled(self, position: int) -> bool:
-        """Whether a call, or one before it, averages over all positions, and no spatial convolution makes a map since."""
+        """Whether a call, or one before it, pools all positions, and no spatial convolution makes a map since."""
         call = self._calls[position]
         result = first_tensor(call.result)
         if result is None or _is_spatial_convolution(call):

@@ -17,8 +17,8 @@ _NAMED = re.compile(r"Norm(?![a-z])")
 def is_normalisation(layer: Layer) -> bool:
     """Whether the module is a normalisation layer of the forward pass: it returns a tensor of the shape it is given.
 
-    Torch's own classes and what derives from them, and others that are named so (FrozenBatchNorm2d, RMSNorm) and have no
-    parameters but vectors, of their own. What normalises weights (``parametrizations.spectral_norm``) is none.
+    Torch's own classes and what derives from them, and others that are named so (FrozenBatchNorm2d, RMSNorm) and have
+    no parameters but vectors, of their own. What normalises weights (``parametrizations.spectral_norm``) is none.
     """
     given, output, module = layer.given, layer.output, layer.module
     if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.shape != output.shape:

@@ -25,7 +25,7 @@ class Layer:
     index: int
     module: nn.Module
     given: object
-    """Its first positional argument, None where it had none."""
+    """Its first argument, None where it had none."""
     output: object
     start: int
     stop: int
@@ -55,11 +55,15 @@ class Pass:
                 made.setdefault(id(tensor), position)
         return made
 
-    def tensor_at(self, site: Site) -> object:
-        """What the network held at ``site``, None where this pass did not come there."""
+    def at(self, site: Site) -> tuple[object, object]:
+        """What the module at ``site`` was given and what it returned; without one, None and the call's result."""
         if site.module is None:
-            return self.calls[site.index].result if site.index < len(self.calls) else None
-        return next((layer.output for layer in self.layers if layer.site == site), None)
+            return None, self.calls[site.index].result
+        return next((layer.given, layer.output) for layer in self.layers if layer.site == site)
+
+    def calls_of(self, module: str) -> int:
+        """How often the module of that name was called."""
+        return sum(layer.name == module for layer in self.layers)
 
     def depends_on_images(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was computed from the images; taken for granted where torch's calls do not show it."""
@@ -79,8 +83,8 @@ def record_pass(net: nn.Module, x: Tensor) -> Pass:
     visits: Counter[str] = Counter()
     starts: list[tuple[int, object]] = []
 
-    def enter(module: nn.Module, given: tuple[object, ...]) -> None:
-        first = given[0] if given else None
+    def enter(module: nn.Module, given: tuple[object, ...], named: dict[str, object]) -> None:
+        first = next(iter((*given, *named.values())), None)
         starts.append((len(tape.calls), tape.current(first) if isinstance(first, Tensor) else first))
 
     def leave_as(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -95,7 +99,7 @@ def record_pass(net: nn.Module, x: Tensor) -> Pass:
     handles = []
     try:
         for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave_as(name)))
         with torch.no_grad():
             output = tape.record(x)

@@ -121,8 +121,8 @@ class RecordedNetwork:
     def before(self, feature: Split, splits: Sequence[Split], wanted: str | Sequence[str]) -> tuple[Split, ...]:
         """Those of the ``splits`` that F can be differentiated by.
 
-        Where none of those that "auto" stands for lies before F, it is the points before F that do, at the resolution of
-        the last of them.
+        Where none of those that "auto" stands for lies before F, it is the points before F that do, at the resolution
+        of the last of them.
 
         Raises:
             ValueError: if ``wanted`` names a split behind F, or no split is left.
@@ -260,13 +260,16 @@ class RecordedNetwork:
         return Split(site, axis, *rows)
 
     def _rows(self, site: Site, tensor: Tensor) -> Rows:
-        images = len(self._pass.x)
-        other = None if self._with_another is None else self._with_another.tensor_at(site)
+        images, other = len(self._pass.x), self._with_another
         found: Rows | str = f"its shape is {tuple(tensor.shape)} for {images} image(s)"
-        if isinstance(other, Tensor):
-            found = batch_rows(tensor, other, images)
-        elif len(tensor) == images:
-            found = Rows()  # the network takes no other number of images, or another way for them
+        if other is None or (site.module is None and other.call_names != self.call_names):
+            if len(tensor) == images:
+                found = Rows()  # the network takes no other number of images, or another way for them
+        elif site.module is not None and other.calls_of(site.module) != self._pass.calls_of(site.module):
+            found = "it is called as often as there are images"
+        else:
+            (given, _), (other_given, other_tensor) = self._pass.at(site), other.at(site)
+            found = batch_rows(tensor, other_tensor, images, (given, other_given))
         if isinstance(found, str):
             raise ValueError(
                 f"split point {site.name!r}: {found}. Name split points where each image has rows of its own, "
@@ -291,16 +294,16 @@ class RecordedNetwork:
 
 
 def record_network(net: nn.Module, x: Tensor) -> tuple[RecordedNetwork, Tensor]:
-    """Runs ``net`` on ``x`` (B, C, H, W), and on ``x`` and one more image; returns what it did and its output for ``x``.
+    """Runs ``net`` on ``x`` (B, C, H, W), and on one image more; returns what it did and its output for ``x``.
 
-    What grows with the number of images is the batch. The further image is the first one, flipped.
+    What grows with the number of images is the batch. The further image is the first one flipped, at half its contrast
+    and on a ramp, so that no view which the network takes of one of them is a view of the other.
     """
     recorded = record_pass(net, x)
+    another = x[:1].flip(-1) / 2 + torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
     try:
-        with_another: Pass | None = record_pass(net, torch.cat([x, x[:1].flip(-1)]))
+        with_another: Pass | None = record_pass(net, torch.cat([x, another]))
     except Exception:  # whatever it is, the network does take x
-        with_another = None
-    if with_another is not None and with_another.call_names != recorded.call_names:
         with_another = None
     return RecordedNetwork(net, recorded, with_another), recorded.output
 

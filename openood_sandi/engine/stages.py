@@ -27,7 +27,7 @@ def last_stage(points: Sequence[Point], positions: int, holders: Iterable[str]) 
 
     That is the module whose points agree best with those at the resolution of the last feature map, the innermost of
     several: ``layer4`` of a ResNet, ``block4`` of BiT with the points where it enters at the resolution before. A flat
-    network has no module for which more than half of both agree; there it is the points at that resolution, or, where a
+    network has no module that holds nearly all and mostly such; there it is the points at that resolution, or, where a
     pool leads from these to the last feature map, at that of the last points. Where
     hardly anything comes before that resolution, as in a vision transformer, the network has no stages, and the last
     third of its blocks stands for one.
@@ -37,15 +37,19 @@ def last_stage(points: Sequence[Point], positions: int, holders: Iterable[str]) 
         positions: of the last feature map.
         holders: names of the network's modules.
     """
-    last = [i for i, point in enumerate(points) if _same(point.positions, positions)] or last_group(points)
+    last = [i for i, point in enumerate(points) if _same(point.positions, positions)]
+    larger = [i for i, point in enumerate(points) if point.positions > positions and i not in last]
+    # attention that sees its keys at a lower resolution has points at the last one early on
+    last = [i for i in last if not larger or i > larger[-1]] or last or last_group(points)
     if len(last) >= _FEW and len(points) - len(last) < len(last) / 2:
         return _last_third(points, last)
     best, agreement = last, _HALF
     for name in sorted({name for name in holders if name}, key=len):
         inside = [i for i, point in enumerate(points) if point.module.startswith(name + ".")]
         both = len(set(inside) & set(last))
-        if both / (len(last) + len(inside) - both) >= max(agreement, math.nextafter(_HALF, 1)):
-            best, agreement = inside, both / (len(last) + len(inside) - both)
+        agrees = both / (len(last) + len(inside) - both)
+        if agrees > _HALF and agrees >= agreement and len(last) - both <= max(1, len(last) // 5):
+            best, agreement = inside, agrees
     return best
 
 
@@ -63,7 +67,7 @@ def _same(one: int, other: int) -> bool:
 
 
 def _last_third(points: Sequence[Point], last: list[int]) -> list[int]:
-    """Those in the last third of the longest row of blocks, and behind; of the points, where there is no row of three."""
+    """Those in the last third of the longest row of blocks, and behind; of the points, where no row has three."""
     rows: dict[str, dict[str, int]] = {}  # parent: {child: its first point}
     for i in last:
         parts = points[i].module.split(".")

@@ -17,7 +17,7 @@ from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.masks import Gates
 from openood_sandi.detectors.sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.splits import Split, RecordedNetwork
+from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Site
 
 __all__ = ["ZScorer"]
