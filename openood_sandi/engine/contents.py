@@ -183,7 +183,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _holds_on(thing: Any, modules: set[int]) -> bool:
     """Whether a function (or weak reference) reaches one of ``modules`` other than by its arguments."""
-    if isinstance(thing, nn.Module):
+    if isinstance(thing, nn.Module) and not isinstance(thing, torch.jit.ScriptModule):
         thing = type(thing).forward
     if not isinstance(thing, (types.FunctionType, weakref.ReferenceType)) or _is_torch(thing):
         return False
