@@ -148,7 +148,7 @@ def _inside(thing: Any) -> Collection[Any] | None:
 
 def _is_compiled(thing: Any) -> bool:
     """Whether ``thing`` is what ``torch.compile(module)`` returns."""
-    return isinstance(thing, nn.Module) and isinstance(thing._modules.get("_orig_mod"), nn.Module)
+    return isinstance(thing, nn.Module) and isinstance(getattr(thing, "_orig_mod", None), nn.Module)
 
 
 def _is_whole(thing: Any) -> bool:

@@ -210,9 +210,7 @@ def test_what_is_hidden_from_a_function_mode(make: Callable[[], nn.Module], seen
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_densenet_that_saves_memory() -> None:
     densenet = networks.torchvision_models().DenseNet
-    case = Case(
-        "d", lambda: densenet(8, (2, 2), 16, num_classes=11, memory_efficient=True), 32, "features.denseblock2"
-    )
+    case = Case("d", lambda: densenet(8, (2, 2), 16, num_classes=11, memory_efficient=True), 32, "features.denseblock2")
     net, x = cases.build(case), cases.images(case, batch=2)
     seen = densenet(8, (2, 2), 16, num_classes=11).double().eval()
     seen.load_state_dict(net.state_dict())
