@@ -73,7 +73,8 @@ class Contents:
 
     def unchanged(self) -> bool:
         """Whether the containers hold the same objects, the tensors the same memory; values may have changed."""
-        things, places, kinds = self._now()
+        with torch._C.DisableTorchFunction():  # addresses are read: no call of a network's
+            things, places, kinds = self._now()
         same = len(things) == len(self._things) and all(map(is_, things, self._things))
         return same and places == self._places and kinds == self._kinds
 
@@ -103,12 +104,12 @@ class Mirror:
 
     def refresh(self) -> None:
         """Copies again where either of a pair was written to: nothing to do costs no torch call."""
-        for number, (source, copied) in enumerate(self._pairs):
-            now = (version(source), version(copied))
-            if now != self._versions[number] or now[0] is None:
-                with torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch.no_grad():  # none of this is a call of the network's
+            for number, (source, copied) in enumerate(self._pairs):
+                now = (version(source), version(copied))
+                if now != self._versions[number] or now[0] is None:
                     copied.copy_(source)
-                self._versions[number] = (now[0], version(copied))
+                    self._versions[number] = (now[0], version(copied))
 
 
 def version(tensor: Tensor) -> int | None:
@@ -176,8 +177,8 @@ def _kept(thing: Any) -> tuple[Any, Any]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's elements lie: ``.data = ...``, ``.to()`` and ``.half()`` change it and leave the object."""
-    if tensor.layout != torch.strided:
-        return (tensor.layout, tensor.shape)
+    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
+        return ()
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 

@@ -111,7 +111,7 @@ class Twin:
 
     def _update(self) -> None:
         """Makes the twin anew if there is none, or the original is another than it was made from."""
-        if self._original is not None and _unchanged(self._original):
+        if self._original is not None and self._original.unchanged():
             return
         for _ in range(_ATTEMPTS):
             self._original = self._copied = None
@@ -128,17 +128,17 @@ class Twin:
                 except Exception as error:  # whatever an object's own way of being copied raises
                     self._why = f"it cannot be copied ({type(error).__name__}: {error})"
             self._original = original
-            if _unchanged(original):
+            if original.unchanged():
                 break
         if self._why:
             _log.info("the network itself is run, one batch at a time, for want of a copy: %s", self._why)
 
     def _clean_up(self, copied: _Copied) -> None:
         """Undoes what the batch's passes left on the twin; tensors are refreshed before the next."""
-        if _unchanged(copied.contents):
+        if copied.contents.unchanged():
             return
         copied.contents.restore()
-        if not _unchanged(copied.contents):  # a parameter's .data
+        if not copied.contents.unchanged():  # a parameter's .data
             self._original = self._copied = None
 
     def _weights(self) -> list[int | None]:
@@ -182,14 +182,10 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 def _scripted_pairs(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The tensors of a TorchScript module, which copies itself, with their copies."""
-    target.requires_grad_(False)
-    parameters = zip(source.parameters(), target.parameters(), strict=True)
+    parameters = list(zip(source.parameters(), target.parameters(), strict=True))
+    for _, copied in parameters:
+        copied.requires_grad_(False)
     return [*parameters, *zip(source.buffers(), target.buffers(), strict=True)]
-
-
-def _unchanged(contents: Contents) -> bool:
-    with torch._C.DisableTorchFunction():  # addresses and counts are read: no call of a network's
-        return contents.unchanged()
 
 
 class Snapshot:
@@ -203,7 +199,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Puts back what was replaced, and copies back what was written to."""
-        if not _unchanged(self._contents):
+        if not self._contents.unchanged():
             self._contents.restore()
         self._mirror.refresh()
 
