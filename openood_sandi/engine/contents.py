@@ -7,7 +7,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -98,18 +98,18 @@ class Contents:
 class Mirror:
     """Tensors that are to hold what others hold: ``pairs`` of a source and its copy."""
 
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self._pairs = list(pairs)
-        self._versions = [(version(source), version(copied)) for source, copied in self._pairs]
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._sources, self._copies = [source for source, _ in pairs], [copied for _, copied in pairs]
 
     def refresh(self) -> None:
-        """Copies again where either of a pair was written to: nothing to do costs no torch call."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():  # none of this is a call of the network's
-            for number, (source, copied) in enumerate(self._pairs):
-                now = (version(source), version(copied))
-                if now != self._versions[number] or now[0] is None:
-                    copied.copy_(source)
-                    self._versions[number] = (now[0], version(copied))
+        """Copies all of them again, in one call.
+
+        Counts of writes would tell which to copy, but for writes through ``.data`` or ``.numpy()`` and those of batch
+        norm in train mode under ``torch.inference_mode()``, which are not counted.
+        """
+        if self._sources:
+            with torch._C.DisableTorchFunction(), torch.no_grad():  # no call of a network's
+                torch._foreach_copy_(self._copies, self._sources)
 
 
 def version(tensor: Tensor) -> int | None:

@@ -164,8 +164,7 @@ class _Copied:
             pairs += _scripted_pairs(scripted, memo[id(scripted)])
         for module in self.net.modules():
             vars(module).pop("_compiled_call_impl", None)  # net.compile(): the eager forward is what can be split
-        self.contents = Contents(self.net)
-        self.mirror = Mirror(pairs)
+        self.contents, self.mirror = Contents(self.net), Mirror(pairs)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -193,15 +192,18 @@ class Snapshot:
 
     def __init__(self, net: nn.Module) -> None:
         self._contents = Contents(net)
-        written = [tensor for tensor in self._contents.tensors if not isinstance(tensor, nn.Parameter)]
+        kept = (t for t in self._contents.tensors if not isinstance(t, nn.Parameter) and not t.is_inference())
         with torch.no_grad():
-            self._mirror = Mirror([(tensor.detach().clone(), tensor) for tensor in written])
+            self._values = [(tensor, tensor.detach().clone()) for tensor in kept]
 
     def restore(self) -> None:
-        """Puts back what was replaced, and copies back what was written to."""
+        """Puts back what was replaced, and copies back what was written to: other threads may be using the rest."""
         if not self._contents.unchanged():
             self._contents.restore()
-        self._mirror.refresh()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor, value in self._values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager
