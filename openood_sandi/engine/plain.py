@@ -3,7 +3,7 @@
 Slow, and exact for whatever autograd itself can differentiate, since nothing looks into the network's calls: custom
 autograd functions, checkpoints, scripted modules, gradients taken inside forward. A forward hook replaces what the
 split's module returns by z^{i-1}; branches that left before the split keep their clean value, because all before the
-split is computed on the clean images. What autograd gives is what is reported, under ``torch.no_grad()`` in forward too.
+split is computed on the clean images. What autograd gives is reported, under ``torch.no_grad()`` in forward too.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ class _Walker:
         """The clean logits, and F as a tensor that they can be differentiated by."""
         if self.feature is None:
             with torch.no_grad():
-                return self._forward(self.x.clone()), None
+                return self.net(self.x.clone()), None
         split = _Replaced(self.feature, None)
         with split.hooked(self.net):
-            logits = self._forward(self.x.clone())
+            logits: Tensor = self.net(self.x.clone())
         if not logits.requires_grad:
             raise ReplayError(
                 f"the logits do not depend on F ({self.feature.name!r}) by autograd: it lies under torch.no_grad(), in "
@@ -136,20 +136,16 @@ class _Walker:
         return split.leaf.detach(), found
 
     def _differentiate(self, split: _Replaced, losses: Sequence[Loss], x: Tensor) -> list[Tensor | None]:
+        self._state.restore()  # before there are hooks of ours, which are state, too
         kept = None if self.feature in (None, split.site) else _Kept(self.feature)
         with split.hooked(self.net), nullcontext() if kept is None else kept.hooked(self.net):
-            logits = self._forward(x)
+            logits = self.net(x)
             value = None if self.feature is None else split.leaf if kept is None else kept.tensor
             features = None if value is None else value[None]
             return [
                 self._gradient(loss(logits[None], features), split.leaf, retain=number < len(losses))
                 for number, loss in enumerate(losses, 1)
             ]
-
-    def _forward(self, x: Tensor) -> Tensor:
-        self._state.restore()
-        logits: Tensor = self.net(x)
-        return logits
 
     def _gradient(self, value: Tensor, leaf: Tensor, retain: bool) -> Tensor | None:
         if not value.requires_grad:
