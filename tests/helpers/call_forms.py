@@ -119,7 +119,7 @@ WRITES: dict[str, Form] = {
     "behind a slice, value": _set(lambda t: (slice(None), t.mean((0, 2, 3)) > 0), lambda x, y: x.mean(1, keepdim=True)),
     "behind an ellipsis": _set(lambda t: (..., t.mean((0, 1, 2)) > 0.0), lambda x, y: x.mean(-1, keepdim=True)),
     "with an integer": _set(lambda t: (slice(None), 2, t.mean((0, 1)) > 0.0), lambda x, y: 0.4),
-    "before a slice": _set(lambda t: (t.mean((2, 3)) > 0.1, slice(None, None, 2)), lambda x, y: 0.5),
+    "before a slice": _set(lambda t: (t.mean((1, 2, 3)) > 0.0, slice(None), slice(None, None, 2)), lambda x, y: 0.5),
     "a number of dimension 0": _set(lambda t: t.mean() > 0, lambda x, y: 0.5),
     "integers": _set(lambda t: (torch.arange(len(t)), t.mean((2, 3)).argmax(1)), lambda x, y: x[:, 0]),
     "integers, scalar": _set(lambda t: (slice(None), t.mean((0, 2, 3)).topk(2).indices), lambda x, y: 0.5),
