@@ -39,8 +39,14 @@ _BROADCAST = _functions(
 _FOLD = {
     function: rank
     for rank, names in {
-        2: ("batch_norm", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "group_norm"),
-        3: ("conv1d", "conv_transpose1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+        2: (
+            *("batch_norm", "group_norm", "prelu", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
+            "adaptive_max_pool1d",
+        ),
+        3: (
+            *("conv1d", "conv_transpose1d", "instance_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+            "adaptive_max_pool2d",
+        ),
         4: ("conv2d", "conv_transpose2d", "local_response_norm", "pixel_shuffle", "interpolate"),
         5: ("conv3d", "conv_transpose3d"),
     }.items()
@@ -195,4 +201,6 @@ def _by_vmap(func: Callable[..., Any], args: Any, kwargs: Any, ids: tuple[int, .
     if len(outputs) != len(tensors_in(clean)):
         raise ValueError(f"gives {len(outputs)} tensors where {len(tensors_in(clean))} were due")
     remaining = iter(outputs)
-    return map_tensors(clean, lambda _: next(remaining))
+    if not torch.is_autocast_enabled(inputs[0].device.type):
+        return map_tensors(clean, lambda _: next(remaining))
+    return map_tensors(clean, lambda recorded: next(remaining).to(recorded.dtype))  # autocast does not reach into vmap
