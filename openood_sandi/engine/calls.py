@@ -52,6 +52,7 @@ _FOLD = {
     }.items()
     for function in _functions(*names)
 }
+_BY_STRIDE = _functions("as_strided")
 _BATCH_NORM = _functions("batch_norm")
 _ATTENTION = _functions("scaled_dot_product_attention")
 _RECURRENT = _functions("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -86,6 +87,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     args, kwargs, asks_for_layout = _without_memory_format(args, kwargs)
     func = _INSTEAD.get(func, func)
     ids = union(find((args, kwargs)))
+    if func in _BY_STRIDE:
+        args = (_in_memory_as_recorded(args[0]), *args[1:])
     result = _shortcut(func, args, kwargs, ids)
     if result is None:
         result = _by_vmap(func, args, kwargs, ids, clean)
@@ -171,6 +174,18 @@ def _laid_out_as(clean: Tensor, lanes: Tensor) -> Tensor:
     order = [0, *(1 + axis for axis in sorted(range(clean.dim()), key=lambda axis: -clean.stride()[axis]))]
     back = sorted(range(len(order)), key=order.__getitem__)
     return lanes.permute(order).contiguous().permute(back)
+
+
+def _in_memory_as_recorded(tensor: Tensor) -> Tensor:
+    """A lane tensor whose copies can be read by the strides of the clean one."""
+    lanes = lanes_of(tensor)
+    if lanes is None:
+        return tensor
+    laid_out = _laid_out_as(lanes.clean, tensor)
+    if laid_out.stride()[1:] != lanes.clean.stride() or lanes.clean.storage_offset():
+        raise ValueError("reads memory around a tensor")
+    tag(laid_out, *lanes)
+    return laid_out
 
 
 @dataclass(frozen=True)

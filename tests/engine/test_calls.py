@@ -90,6 +90,14 @@ def test_a_result_of_another_form_than_recorded_is_an_error(func: Callable[[Tens
         calls.call(func, (perturbed(torch.randn(3, 4)),), {}, recorded)
 
 
+def test_strides_are_those_of_the_recorded_tensor() -> None:
+    """Copies may lie in memory otherwise than it."""
+    clean = torch.randn(3, 4)
+    copies = torch.stack([clean + 1, clean + 2]).mT.contiguous().mT
+    lanes.tag(copies, (0, 1), clean)
+    assert torch.equal(calls.call(torch.as_strided, (copies, (3, 4), (4, 1)), {}, clean), copies)
+
+
 def every(table: dict[str, call_forms.Form]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("form", table.values(), ids=table)
 

@@ -102,6 +102,15 @@ LAYOUTS: dict[str, Form] = {
     "clone": lambda x, y: torch.clone(y, memory_format=torch.channels_last) + x,
     "zeros_like": lambda x, y: torch.zeros_like(y, memory_format=torch.channels_last) + x * y,
     "empty_like": lambda x, y: torch.empty_like(y, memory_format=torch.contiguous_format).copy_(x) * y,
+    "strides": lambda x, y: (
+        (lambda t: t.as_strided(t.shape, t.stride()))(F.conv2d(y, torch.ones(8, 8, 1, 1).to(y)).mT) * x
+    ),
+    "strides from a place on": lambda x, y: (
+        torch.as_strided(y.contiguous(), size=(len(y), 7, 8, 8), stride=(512, 64, 8, 1), storage_offset=64).mean(1)[
+            :, None
+        ]
+        + x
+    ),
     "preserve": lambda x, y: y.clone(memory_format=torch.preserve_format).double(memory_format=torch.channels_last),
 }
 
