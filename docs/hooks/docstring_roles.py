@@ -1,4 +1,4 @@
-"""Extension of Griffe: references in docstrings, written for Sphinx, become links of the API reference.
+"""Extension of Griffe: what docstrings write as Sphinx reads it, becomes Markdown and links of the API reference.
 
 ``:class:`~a.b.C``` links to C where the reference has it and is plain code where it has not (private names, other
 packages). That every one names something that exists is the business of ``tests/test_documents.py``.
@@ -11,8 +11,12 @@ from typing import Any
 
 import griffe
 
+#: :class:`name` and its kin
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`~?(\.?[\w.]+)`")
+#: `text <address>`_
 LINK = re.compile(r"`([^`<]+) <(https?://[^>]+)>`_")
+#: The two colons before an indented block of code.
+LITERAL = re.compile("::$", re.M)
 
 
 class DocstringRoles(griffe.Extension):
@@ -25,6 +29,7 @@ class DocstringRoles(griffe.Extension):
 def _rewrite(obj: griffe.Object) -> None:
     if obj.docstring:
         text = LINK.sub(r"[\1](\2)", obj.docstring.value)
+        text = LITERAL.sub(":", text)
         obj.docstring.value = ROLE.sub(lambda role: _link(role[1], obj), text)
     for member in obj.members.values():
         if isinstance(member, griffe.Object):  # and no alias, which another object stands behind
