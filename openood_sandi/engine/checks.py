@@ -216,6 +216,11 @@ def require_logits(output: object) -> None:
     if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
         what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ReplayError(f"the network returns {what}, expected logits (B, classes); wrap it so that it returns those")
+    if output.shape[1] < 2:
+        raise ValueError(
+            "the network returns one logit for each image, expected logits of two classes or more: with one class "
+            "there is no cross-entropy to ascend; wrap a binary classifier so that it returns a logit for each class"
+        )
 
 
 def require_same(plain: Tensor, recorded: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Room", "free_memory", "is_out_of_memory"]
+__all__ = ["MemoryBudget", "free_memory", "is_out_of_memory"]
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Room:
+class MemoryBudget:
     """How much is worked on at once: what memory seems to allow, and no more than turned out to fit.
 
     Attributes:

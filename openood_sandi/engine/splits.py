@@ -1,6 +1,6 @@
 """Where a network is split: from module names, globs or "auto" to places in its forward pass.
 
-Everything is decided from one recorded pass (:func:`survey`), never from the class of the network: the modules that
+Everything is decided from one recorded pass (:func:`record_network`), never from the class of the network: the modules that
 were called, in call order, with the tensors they returned.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.tape import Site, Tape
 
-__all__ = ["Split", "Survey", "survey"]
+__all__ = ["RecordedNetwork", "Split", "record_network"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One call of one module in the surveyed pass."""
+    """One call of one module in the recorded pass."""
 
     name: str
     index: int
@@ -49,8 +49,8 @@ class _Layer:
         return Site(self.name if self.index == 1 else f"{self.name}#{self.index}", self.name, self.index)
 
 
-class Survey:
-    """One recorded pass over ``x`` (B, C, H, W), with every module call it made; see :func:`survey`."""
+class RecordedNetwork:
+    """One recorded pass over ``x`` (B, C, H, W), with every module call it made; see :func:`record_network`."""
 
     def __init__(self, net: nn.Module, tape: Tape, layers: list[_Layer], batch_size: int) -> None:
         self._modules = [name for name, _ in net.named_modules() if name]
@@ -233,7 +233,7 @@ class Survey:
         return None
 
 
-def survey(net: nn.Module, x: Tensor) -> tuple[Survey, Tensor]:
+def record_network(net: nn.Module, x: Tensor) -> tuple[RecordedNetwork, Tensor]:
     """Runs ``net`` once on ``x`` (B, C, H, W) and returns what it did, with its output."""
     tape = Tape(net)
     layers: list[_Layer] = []
@@ -261,7 +261,7 @@ def survey(net: nn.Module, x: Tensor) -> tuple[Survey, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return Survey(net, tape, layers, len(x)), output
+    return RecordedNetwork(net, tape, layers, len(x)), output
 
 
 _NORMALISATIONS: tuple[type[nn.Module], ...] = (

@@ -8,184 +8,250 @@ Two drivers: :func:`walk_splits` attacks every split on its own from its clean a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.losses import Loss, Objective, Plan
-from openood_sandi.detectors.sandi.masks import Gates, Masks
 from openood_sandi.engine import lanes
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
-from openood_sandi.engine.memory import Room
+from openood_sandi.engine.memory import MemoryBudget
 from openood_sandi.engine.tape import Site, Tap, Tape
 
-__all__ = ["Observer", "walk_input", "walk_splits"]
+__all__ = ["Loss", "LossPlan", "Objective", "Observer", "Walk", "walk_input", "walk_splits"]
+
+Loss = Callable[[Tensor, "Tensor | None"], Tensor]
+"""From the logits (L, B, classes) and the feature map F (L, B, ...) of L copies of a batch to the sum over copies and
+images of a loss, so that the gradient of each copy of each image is its own."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """At one split: g_i = d attribution / dz, and sign(d ascent / dz) is the direction of the step."""
+
+    attribution: Loss | None
+    """None where g_i is not wanted."""
+    ascent: Loss
+
+
+LossPlan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
+"""From clean logits (B, classes) and clean F to the objective of each split, F's own included where it has one."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Which paths are walked.
+
+    Attributes:
+        losses: what is attributed and what is ascended at each split.
+        attack: the steps of Eq. 9.
+        feature: the site of F, where a loss reads it.
+        input_ascent: for the ablation without splitting: from the clean logits to the loss that the input ascends.
+            None attacks every split.
+    """
+
+    losses: LossPlan
+    attack: Attack = field(default_factory=lambda: Attack(steps=1))
+    feature: Site | None = None
+    input_ascent: Callable[[Tensor], Loss] | None = None
+
+
+class Observer:
+    """Takes in what happens on a walk over one batch. Subclasses define what they want to know of.
+
+    Attributes:
+        wants_motion: whether :meth:`motion` is to be called; then the last step of a path, which has no other use, is
+            taken as well.
+        only_listens: whether the clean pass may go by without its results being kept. That spares memory where no
+            split has a second gradient to compute.
+    """
+
+    wants_motion = False
+    only_listens = False
+
+    def call(self, position: int, name: str, result: Any) -> None:
+        """A torch call of the clean pass has been made: its place in the pass, its name and its result."""
+
+    def replayed(self, position: int, lane_sites: Sequence[Site], result: Any) -> None:
+        """A call of the pass has been made again for several splits: ``result[k]`` is that of ``lane_sites[k]``."""
+
+    def gradient(self, site: Site, gradient: Tensor) -> None:
+        """g_i at a split, of its shape (B, ...); those of one split come in the order i = 1..T."""
+
+    def direction(self, site: Site, sign: Tensor) -> bool:
+        """The sign of the first step at a split, of its shape (B, ...). Returns whether its path is to be gone on."""
+        return True
+
+    def motion(self, site: Site, offset: Tensor) -> None:
+        """z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i."""
+
 
 Receive = Callable[[Site, Tensor], None]
 """Takes in one tensor of a split."""
 
 
-class Observer(Protocol):
-    """Takes in what happens along the paths; gradients of one split come in the order i = 1..T."""
-
-    @property
-    def motion(self) -> Receive | None:
-        """Called with z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i; None where it is not
-        wanted, and the last step of a path, which has no other use, is not taken."""
-
-    def gradient(self, site: Site, gradient: Tensor) -> None:
-        """Called with g_i, of the split's shape (B, ...)."""
-
-
-def walk_splits(
-    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, attack: Attack, observer: Observer, room: Room,
-    gates: Gates,
-) -> tuple[Tensor, dict[Site, Tensor]]:  # fmt: skip
-    """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W).
+def walk_splits(tape: Tape, x: Tensor, walk: Walk, observer: Observer, budget: MemoryBudget) -> Tensor:
+    """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W) and returns the clean logits (B, classes).
 
     i = 1 of all splits is one recorded forward and one backward for each loss. Later iterates are replays of the
-    suffixes of as many splits at a time as ``room`` holds (at least one); the arithmetic of a split is the same
-    however they are grouped. At splits with a gate there is no replay, and the observer is given masks in place
-    of gradients; their only backward pass is that for the direction of the step, whose zeros should be those
-    of the mask.
-
-    Sites whose gate tells g_1 and no more is asked need not be the tape's: they are never tapped.
-
-    Returns:
-        The clean logits (B, classes), and at the sites with a gate where they are not, for which images (B,). Where
-        the network made other calls than the gates were found in (the tape tells), nothing but the logits holds.
+    suffixes of as many splits at a time as ``budget`` holds (at least one); the arithmetic of a split is the same
+    however they are grouped. Where no gradient of a replay is wanted, it is a forward pass alone.
     """
-    takes_step = attack.steps > 1 or observer.motion is not None
-    without_gate = [site for site in tape.sites if site not in gates.at]
-    masks = Masks(gates)
+    attack = walk.attack
+    takes_step = attack.steps > 1 or observer.wants_motion
     clean: dict[Site, Tensor] = {}
-    at_once = masks.can_be_read_at_once and not (takes_step and without_gate)
     with torch.set_grad_enabled(bool(tape.sites)):
-        tap = _leaves(clean, tape.sites)
-        logits = tape.watch(x, tap, masks.read) if at_once else tape.record(x, tap)
-    if not at_once:
-        for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):
-            masks.read(position, name, call.result, tape.calls)
-    if masks.lost:
-        return logits.detach(), {}
-    blocked = masks.blocked()
-    doubtful = dict.fromkeys(gates.at, blocked) if blocked is not None and blocked.any() else {}
-    let_through = masks.let_through
-    objectives = plan(logits, clean.get(feature) if feature is not None else None)
-    for site in gates.at:
-        if gates.steps > 1:
-            objectives[site] = replace(objectives[site], attribution=None)
-        else:
-            del objectives[site]
+        logits = _clean_pass(tape, x, _leaves(clean, tape.sites), observer, kept=takes_step and bool(tape.sites))
+    objectives = walk.losses(logits, clean.get(walk.feature) if walk.feature is not None else None)
     directions: dict[Site, Tensor] = {}
 
     def keep_direction(site: Site, gradient: Tensor) -> None:
-        direction = gradient.sign()
-        if site in gates.at:
-            z = clean[site].detach()
-            gates.pattern(site, gates.at[site].perturbed(attack.advance(z, z, direction), tape.calls))
-            # What is cut off has gradient zero for certain, so equal numbers are equal places.
-            let_through[site] = let_through[site] != direction.flatten(1).count_nonzero(1)
-        else:
-            directions[site] = direction.to(torch.int8)
+        sign = gradient.sign()
+        if observer.direction(site, sign):
+            directions[site] = sign.to(torch.int8)
 
-    on_ascent = keep_direction if takes_step else None
-    alive = _differentiate(objectives, logits, clean, feature, observer.gradient, on_ascent)
+    pass_ = _Pass(objectives, logits, clean, walk.feature)
+    alive = _differentiate(pass_, observer.gradient, keep_direction if takes_step else None)
     logits = logits.detach()
-    differs = torch.stack(list(let_through.values())).any(1).tolist() if let_through else []
-    doubtful |= {site: let_through[site] for site, differ in zip(let_through, differs, strict=True) if differ}
-    clean = {site: z.detach() for site, z in clean.items() if site not in gates.at}
-    if not takes_step or not clean:
-        return logits, doubtful
+    clean = {site: z.detach() for site, z in clean.items() if site in directions}
+    if not clean:
+        return logits
     tape.release_graph()
-    for chunk in _chunks(tape, list(clean), room):
+    replay = _Replay(tape, x, walk.feature, objectives, observer, alive)
+    for chunk in _chunks(tape, list(clean), budget):
         z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
         _report_motion(observer, z, clean)
         for i in range(2, attack.steps + 1):
-            last = i == attack.steps and observer.motion is None
-            signs = _replay(tape, x, z, objectives, feature, observer, takes_step=not last, alive=alive)
+            last = i == attack.steps and not observer.wants_motion
+            signs = replay.run(z, takes_step=not last)
             if not last:
                 moved = {site: attack.advance(z[site], clean[site], signs.pop(site)) for site in chunk}
                 _report_motion(observer, moved, z)
                 z = moved
-    return logits, doubtful
+    budget.lanes_now = 0
+    return logits
 
 
-def _replay(
-    tape: Tape, x: Tensor, z: dict[Site, Tensor], objectives: dict[Site, Objective], feature: Site | None,
-    observer: Observer, *, takes_step: bool, alive: set[Site],
-) -> dict[Site, Tensor]:  # fmt: skip
-    """One replay with each split of ``z`` at its perturbed value in a lane of its own; returns the next signs."""
-    lane = {site: number for number, site in enumerate(z)}
-    ids = tuple(lane.values())
-    leaves = {site: value.detach().requires_grad_(True) for site, value in z.items()}
-    maps: list[Tensor] = []
-
-    def tap(site: Site, tensor: Tensor) -> Tensor:
-        if site in leaves:
-            tensor = lanes.join(tensor, lane[site], leaves[site])
-        if site == feature:
-            maps.append(tensor)
-        return tensor
-
-    logits = tape.replay(x, tap)
-    arrived = {number for tensor in (logits, *maps) for number in (lanes.lanes_of(tensor) or ((),))[0]}
-    lost = [site.name for site in z if site in alive and lane[site] not in arrived]
-    if lost:
+def _clean_pass(tape: Tape, x: Tensor, tap: Tap, observer: Observer, kept: bool) -> Tensor:
+    """The logits of the clean pass, every call of which is shown to the observer."""
+    if observer.only_listens and not kept:
+        return tape.watch(x, tap, observer.call)
+    logits = tape.record(x, tap)
+    if tape.sites and not logits.requires_grad:
         raise ReplayError(
-            f"the perturbation of split point {lost[0]!r} was lost on its way to the logits, in something torch cannot "
-            "see into (a scripted module, checkpoint(), a custom autograd function); choose split points behind it"
+            f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its "
+            "forward detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
         )
-    logits = lanes.widen(logits, ids)
-    features = lanes.widen(maps[-1], ids) if maps else None
-    signs: dict[Site, Tensor] = {}
-    losses = _by_loss({site: objectives[site] for site in z}, takes_step)
-    for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
-        sites = list(dict.fromkeys([*attributed, *stepped]))
-        rows = slice(None) if len(sites) == len(ids) else [lane[site] for site in sites]
-        value = loss(logits[rows], None if features is None else features[rows])
-        gradients = _gradients(value, [leaves[site] for site in sites], retain=number < len(losses))
-        for site, gradient in zip(sites, gradients, strict=True):
-            if site in attributed:
-                observer.gradient(site, gradient)
-            if site in stepped:
-                signs[site] = gradient.sign()
-    return signs
+    if type(observer).call is not Observer.call:
+        for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):
+            observer.call(position, name, call.result)
+    return logits
 
 
-def walk_input(
-    tape: Tape, x: Tensor, feature: Site | None, plan: Plan, ascent: Callable[[Tensor], Loss], attack: Attack,
-    observer: Observer,
-) -> Tensor:  # fmt: skip
+@dataclass(frozen=True)
+class _Replay:
+    """Replays of one recorded pass, with each split of a chunk at its perturbed value in a lane of its own."""
+
+    tape: Tape
+    x: Tensor
+    feature: Site | None
+    objectives: dict[Site, Objective]
+    observer: Observer
+    alive: set[Site]
+
+    def run(self, z: dict[Site, Tensor], *, takes_step: bool) -> dict[Site, Tensor]:
+        """One replay with the splits at ``z``; the signs of the next step."""
+        losses = _by_loss({site: self.objectives[site] for site in z}, takes_step)
+        with torch.set_grad_enabled(bool(losses)):
+            leaves = {site: value.detach().requires_grad_(bool(losses)) for site, value in z.items()}
+            logits, features = self._forward(leaves)
+        signs: dict[Site, Tensor] = {}
+        lane = {site: number for number, site in enumerate(z)}
+        for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
+            sites = list(dict.fromkeys([*attributed, *stepped]))
+            rows = slice(None) if len(sites) == len(lane) else [lane[site] for site in sites]
+            value = loss(logits[rows], None if features is None else features[rows])
+            gradients = _gradients(value, [leaves[site] for site in sites], retain=number < len(losses))
+            for site, gradient in zip(sites, gradients, strict=True):
+                if site in attributed:
+                    self.observer.gradient(site, gradient)
+                if site in stepped:
+                    signs[site] = gradient.sign()
+        return signs
+
+    def _forward(self, leaves: dict[Site, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits and F of every lane."""
+        sites = list(leaves)
+        lane = {site: number for number, site in enumerate(sites)}
+        maps: list[Tensor] = []
+
+        def tap(site: Site, tensor: Tensor) -> Tensor:
+            if site in leaves:
+                tensor = lanes.join(tensor, lane[site], leaves[site])
+            if site == self.feature:
+                maps.append(tensor)
+            return tensor
+
+        def listen(position: int, name: str, result: Any) -> None:
+            found = lanes.lanes_of(result) if isinstance(result, Tensor) else None
+            if found is not None:
+                self.observer.replayed(position, [sites[number] for number in found.ids], result)
+
+        listens = type(self.observer).replayed is not Observer.replayed
+        logits = self.tape.replay(self.x, tap, listen if listens else None)
+        ids = tuple(lane.values())
+        arrived = {number for tensor in (logits, *maps) for number in (lanes.lanes_of(tensor) or ((),))[0]}
+        lost = [site.name for site in sites if site in self.alive and lane[site] not in arrived]
+        if lost:
+            raise ReplayError(
+                f"the perturbation of split point {lost[0]!r} was lost on its way to the logits, in something torch "
+                "cannot see into (a scripted module, checkpoint(), a custom autograd function); choose split points "
+                "behind it"
+            )
+        return lanes.widen(logits, ids), lanes.widen(maps[-1], ids) if maps else None
+
+
+def walk_input(tape: Tape, x: Tensor, walk: Walk, observer: Observer) -> Tensor:
     """Walks one path, that of the input ``x`` (B, C, H, W), and returns the clean logits (B, classes).
 
-    x^i = x^{i-1} + eta sign(d ascent / dx); g_i of every split is its gradient in the pass over x^{i-1}. ``ascent``
-    makes the loss from the clean logits.
+    x^i = x^{i-1} + eta sign(d ascent / dx); g_i of every split is its gradient in the pass over x^{i-1}.
     """
+    assert walk.input_ascent is not None
     attacked = x.detach()
     before: dict[Site, Tensor] = {}
-    for i in range(1, attack.steps + (1 if observer.motion is None else 2)):
+    for i in range(1, walk.attack.steps + (2 if observer.wants_motion else 1)):
         attacked.requires_grad_(True)
         z: dict[Site, Tensor] = {}
         logits = tape.record(attacked, _leaves(z, tape.sites))
         now = {site: value.detach() for site, value in z.items()}
         if before:
             _report_motion(observer, now, before)
-        if i > attack.steps:
+        if i > walk.attack.steps:
             break
         if i == 1:
             clean_logits = logits.detach()
-            objectives = plan(logits, z.get(feature) if feature is not None else None)
-            step_loss = ascent(clean_logits)
+            objectives = walk.losses(logits, z.get(walk.feature) if walk.feature is not None else None)
+            step_loss = walk.input_ascent(clean_logits)
         (gradient,) = _gradients(step_loss(logits[None], None), [attacked], retain=True)
-        _differentiate(objectives, logits, z, feature, observer.gradient, None, roots=[attacked])
-        attacked = attack.advance(attacked.detach(), x, gradient.sign())
+        _differentiate(_Pass(objectives, logits, z, walk.feature, [attacked]), observer.gradient, None)
+        attacked = walk.attack.advance(attacked.detach(), x, gradient.sign())
         before = now
     return clean_logits
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass with its autograd graph."""
+
+    objectives: dict[Site, Objective]
+    logits: Tensor
+    z: dict[Site, Tensor]
+    feature: Site | None
+    roots: Sequence[Tensor] = ()
+    """What a backward pass goes back to, where it is not the sites themselves."""
 
 
 def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
@@ -217,19 +283,16 @@ def _by_loss(objectives: dict[Site, Objective], takes_step: bool) -> dict[Loss, 
     return losses
 
 
-def _differentiate(
-    objectives: dict[Site, Objective], logits: Tensor, z: dict[Site, Tensor], feature: Site | None,
-    on_attribution: Receive, on_ascent: Receive | None, roots: Sequence[Tensor] = (),
-) -> set[Site]:  # fmt: skip
-    """Hands on the gradients of the recorded pass, each as it arrives; returns the sites that any loss depends on."""
-    features = None if feature is None else z[feature].unsqueeze(0)
+def _differentiate(run: _Pass, on_attribution: Receive, on_ascent: Receive | None) -> set[Site]:
+    """Hands on the gradients of a pass, each as it arrives; returns the sites that any loss depends on."""
+    features = None if run.feature is None else run.z[run.feature].unsqueeze(0)
     alive: set[Site] = set()
-    losses = _by_loss(objectives, on_ascent is not None)
+    losses = _by_loss(run.objectives, on_ascent is not None)
     for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
         receivers = [(set(attributed), on_attribution), (set(stepped), on_ascent)]
-        value = loss(logits.unsqueeze(0), features)
-        wanted = {site: z[site] for site in (*attributed, *stepped)}
-        alive |= _backward(value, wanted, roots, partial(_hand_on, receivers), retain=number < len(losses))
+        value = loss(run.logits.unsqueeze(0), features)
+        wanted = {site: run.z[site] for site in (*attributed, *stepped)}
+        alive |= _backward(value, wanted, run.roots, partial(_hand_on, receivers), retain=number < len(losses))
     return alive
 
 
@@ -255,8 +318,8 @@ def _backward(
     handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]  # type: ignore[no-untyped-call]
     try:
         if value.requires_grad:
-            # To reach the roots, the backward pass goes through every other site on its way.
-            ends = list(roots) or [t for t in z.values() if t.is_leaf] or list(z.values())
+            # A site need not depend on the roots. Without roots, the leaves are reached through all the other sites.
+            ends = [*roots, *z.values()] if roots else [t for t in z.values() if t.is_leaf] or list(z.values())
             torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
     finally:
         for handle in handles:
@@ -274,23 +337,23 @@ def _gradients(value: Tensor, tensors: Sequence[Tensor], retain: bool) -> Sequen
 
 
 def _report_motion(observer: Observer, after: dict[Site, Tensor], before: dict[Site, Tensor]) -> None:
-    if observer.motion is not None:
+    if observer.wants_motion:
         for site, z in after.items():
             observer.motion(site, z - before[site])
 
 
-def _chunks(tape: Tape, sites: Iterable[Site], room: Room) -> Iterator[list[Site]]:
-    """Consecutive sites whose suffixes fit into the ``room`` together, one at least; it is told how many."""
+def _chunks(tape: Tape, sites: Iterable[Site], budget: MemoryBudget) -> Iterator[list[Site]]:
+    """Consecutive sites whose suffixes fit into the ``budget`` together, one at least; it is told how many."""
     chunk: list[Site] = []
     total = 0
     for site in sites:
         cost = 2 * tape.suffix_bytes(site)  # activations kept for the backward pass, and their gradients
-        if chunk and (total + cost > room.bytes or len(chunk) >= room.lanes):
-            room.lanes_now = len(chunk)
+        if chunk and (total + cost > budget.bytes or len(chunk) >= budget.lanes):
+            budget.lanes_now = len(chunk)
             yield chunk
             chunk, total = [], 0
         chunk.append(site)
         total += cost
     if chunk:
-        room.lanes_now = len(chunk)
+        budget.lanes_now = len(chunk)
         yield chunk

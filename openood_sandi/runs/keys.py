@@ -85,7 +85,8 @@ def code() -> str:
         digest.update(f"{name} {_version(name)}\n".encode())
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        name = file.relative_to(package).as_posix()
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

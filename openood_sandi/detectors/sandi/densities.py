@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openood_sandi.engine.splits import Split
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.walk import Observer
 
 __all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]
 
@@ -41,7 +42,7 @@ def _count(mask: Tensor) -> Tensor:
     return mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
 
 
-class NonZeroDensity:
+class NonZeroDensity(Observer):
     """E of S&I-Z, Eq. 11: the share of a channel's positions and iterates i = 1..T whose gradient g_i is not zero.
 
     Args:
@@ -50,8 +51,6 @@ class NonZeroDensity:
         combine: "count": the share of (position, i); "union": of positions where any g_i is not zero (GAIA-Z for every
             T, as an inactive unit never moves); "intersection": of positions where all are.
     """
-
-    motion = None
 
     def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:
         self._axes = {split.site: split.channel_axis for split in splits}
@@ -93,7 +92,7 @@ class NonZeroDensity:
 _SMALLEST_OUTPUT = 1e-12
 
 
-class ChannelAverage:
+class ChannelAverage(Observer):
     """E of S&I-A, Eq. 12-13: a channel's mean gradient of F, over the square root of F's mean log-softmax gradient.
 
     E_{j,k} = |mean_{i,positions} d(sum of F)/dz_{j,k}| / sqrt(mean_c |mean_{i,positions} d(sum log-softmax)/dF_c|),
@@ -104,8 +103,6 @@ class ChannelAverage:
         feature: F.
         steps: T.
     """
-
-    motion = None
 
     def __init__(self, splits: Sequence[Split], feature: Split, steps: int) -> None:
         self._axes = {split.site: split.channel_axis for split in (*splits, feature)}
@@ -120,12 +117,21 @@ class ChannelAverage:
         """{split name: (B, K)}, not negative."""
         exact = _exact(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
-        output = mean[self._feature.site].mean(1, keepdim=True).sqrt().clamp_min(_SMALLEST_OUTPUT)
+        output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
+        if not output.is_cuda and not output.any():
+            raise ValueError(
+                f"the gradient of log-softmax at F ({self._feature.name!r}) is zero for every image, so Eq. 13 has no "
+                "value: the network's output is saturated (hard decisions, a softmax of large logits), or does not "
+                "depend on F; pass the network that returns its logits, or name another feature"
+            )
+        output = output.clamp_min(_SMALLEST_OUTPUT)
         return {split.name: mean[split.site] / output for split in self._splits}
 
 
-class AttributionMaps:
+class AttributionMaps(Observer):
     """A_j of Eq. 10, sum_i (z_j^i - z_j^{i-1}) g_i, summed over channels."""
+
+    wants_motion = True
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self._axes = {split.site: split.channel_axis for split in splits}

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, NonZeroDensity, score
-from openood_sandi.detectors.sandi.losses import Plan, ascended, channel_average_plan, logits_plan
-from openood_sandi.detectors.sandi.masks import Gates
-from openood_sandi.detectors.sandi.shortcut import ZScorer
+from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
+from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
+from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
+from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine import checks
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.errors import ReplayError
-from openood_sandi.engine.memory import Room, free_memory, is_out_of_memory
-from openood_sandi.engine.splits import Split, survey
-from openood_sandi.engine.tape import Site, Tape
-from openood_sandi.engine.walk import Observer, walk_input, walk_splits
+from openood_sandi.engine.network import SplitNetwork
+from openood_sandi.engine.walk import Loss, Walk
 
 __all__ = ["SandI"]
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Densities = tuple[Tensor, dict[str, Tensor]]
+"""Logits (B, classes) and {split name: E (B, K)}."""
 
 
 class SandI:
@@ -40,8 +36,9 @@ class SandI:
     Args:
         net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through.
-        variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": Z up to
-            100 classes, A above, as the paper does.
+        variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": as in
+            the paper Z up to 100 classes and A above, but A as well where gradients are hardly ever zero, as Z would
+            score all images alike there (:mod:`.variants`).
         splits: the split points: "all" (every normalisation layer), "last_stage" (those of the last stage), module
             names and globs such as "layer4.*", as a list or separated by commas. "name#2" is the second call of
             a module. "auto" is "all" for Z and "last_stage" for A. Networks without normalisation layers are
@@ -58,8 +55,8 @@ class SandI:
         top_over: of what: "channels" of F, by the gradient of the summed logits, as released; or "labels", by logit, as
             the paper words it: log-softmax is then summed over those labels, and F over all channels.
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
-        rectifier_shortcut: whether Z may read the pattern of gradients off a rectifier's mask where the two were seen
-            to agree (up to two steps, or "union"; see :mod:`.rectifiers`); False computes every gradient.
+        rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where
+            these prove them (:mod:`.rectifiers`); False computes every gradient.
         memory_fraction: the share of the device's free memory that a batch's replays may plan for.
 
     Raises:
@@ -86,6 +83,7 @@ class SandI:
         rectifier_shortcut: bool = True,
         memory_fraction: float = 0.5,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "net")}
         checks.require_choice(
             variant=variant, combine=combine, attribution=attribution, ascent=ascent, top_over=top_over
         )
@@ -95,19 +93,15 @@ class SandI:
         checks.require_switch(splitting=splitting, rectifier_shortcut=rectifier_shortcut)
         checks.require_names(splits=splits)
         checks.require_name(feature=feature)
-        self.net = checks.eager_network(net)
-        self.variant, self.combine, self.top_fraction, self.top_over = variant, combine, top_fraction, top_over
+        self.options: dict[str, object] = options
+        self.combine, self.top_fraction, self.top_over = combine, top_fraction, top_over
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon)
-        self.memory_fraction = memory_fraction
-        self._wanted_splits, self._wanted_feature = splits, feature
-        self._splits: tuple[Split, ...] = ()  # found on the first batch
-        self._feature: Split | None = None
-        self._rectifier_shortcut = rectifier_shortcut
-        self._z: ZScorer | None = None
-        self._call_names: tuple[str, ...] = ()
-        self._bytes_per_pixel = 0.0
-        self._room = Room()
+        self.rectifier_shortcut = rectifier_shortcut
+        self._choice = VariantChoice(variant, splits, feature)
+        self._network = SplitNetwork(net, splits=self._choice, memory_fraction=memory_fraction)
+        self._z: Callable[[Tensor], Densities] | None = None
+        self._told_apart = False
 
     # ------------------------------------------------------------------ public
 
@@ -118,161 +112,137 @@ class SandI:
             x: images (B, C, H, W) as the network expects them, on its device.
 
         Returns:
-            ``pred`` (B,) int64 and ``tau`` (B,) in the logits' dtype: Eq. 14, larger = more out-of-distribution. An
-            image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The others are not affected.
+            ``pred`` (B,) int64 and ``tau`` (B,) in float32, in float64 where the logits are: Eq. 14, larger = more
+            out-of-distribution. An image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The
+            others are not affected.
 
         Raises:
             ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = self._on_batch(x, self._scores)
-        if not finite:
+        pred, tau, finite = map(torch.cat, zip(*self._network.over(x, self._scored), strict=True))
+        if not finite.is_cuda and not finite.all():  # on a GPU, to look would be to wait for it
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
+        if not self._told_apart:
+            self._look_at_first(x, tau)
         return pred, tau
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
-        return self._on_batch(x, lambda x: _joined([densities for _, densities in self._parts(x)]))
+        return _joined([densities for _, densities in self._network.over(x, self._densities)])
 
     def explain(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: (B, R, S)}: the maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
-        return self._on_batch(x, self._maps)
+        return _joined(self._network.over(x, self._maps))
 
     def not_finite(self, x: Tensor) -> list[str]:
         """For each of the images ``x`` (B, C, H, W) that has no score, where NaN or infinity comes from."""
         return checks.not_finite(self.net, x)
 
     @property
+    def net(self) -> nn.Module:
+        """The network."""
+        return self._network.net
+
+    @property
+    def variant(self) -> str:
+        """ "Z" or "A"; "auto" until the first batch, on which it is chosen."""
+        return self._choice.variant
+
+    @property
     def split_names(self) -> tuple[str, ...]:
         """The split points in call order; known after the first batch."""
-        if not self._splits:
-            raise RuntimeError("the split points are found on the first batch; score one first")
-        return tuple(split.name for split in self._splits)
+        return tuple(split.name for split in self._network.splits)
+
+    @property
+    def feature_name(self) -> str | None:
+        """The name of A's feature map F, known after the first batch; None for Z."""
+        return None if self._choice.feature is None else self._choice.feature.name
+
+    @property
+    def proved_share(self) -> float:
+        """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
+        images of A, had their gradients computed."""
+        return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+
+    def __repr__(self) -> str:
+        told = {**self.options, "variant": self.variant}
+        if self._network.is_split:
+            names = self.split_names
+            told["splits"] = list(names) if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
+            told["feature"] = self.feature_name
+        options = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        return f"{type(self).__name__}({type(self.net).__name__}, {options})"
 
     # ------------------------------------------------------------------ scoring
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Predicted classes (B,), scores (B,), and False if one is seen not to be finite."""
-        logits, tau = zip(*((logits, score(found, logits.dtype)) for logits, found in self._parts(x)), strict=True)
-        joined = torch.cat(logits)
-        finite = joined.isfinite().all(1)
-        seen = joined.is_cuda or bool(finite.all())  # on a GPU, to look would be to wait for it
-        return joined.argmax(1), torch.cat(tau).masked_fill(~finite, math.nan), seen
+    def _scored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted classes, scores, and whether logits are finite, (B,) each."""
+        logits, densities = self._densities(x)
+        finite = logits.isfinite().all(1)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.argmax(1), score(densities, dtype).masked_fill(~finite, math.nan), finite
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Logits and densities of the batch, in parts that fit in memory."""
-        if self._z is not None:
-            self._z.check(x, self._cut)
-        for part in self._cut(x):
-            yield self._z.densities(part) if self._z is not None else self._channel_averages(part)
+    def _densities(self, x: Tensor) -> Densities:
+        if self._choice.feature is not None:
+            return self._channel_averages(x)
+        if self._z is None:
+            self._z = self._z_densities()
+        return self._z(x)
 
-    def _maps(self, x: Tensor) -> dict[str, Tensor]:
-        plan = logits_plan(self._splits, self.attribution, self.ascent)
-        maps: list[dict[str, Tensor]] = []
-        for part in self._cut(x):
-            observer = AttributionMaps(self._splits)
-            self._walk(part, self._splits, None, plan, self.attack, observer, Gates())
-            maps.append(observer.maps())
-        return _joined(maps)
+    def _z_densities(self) -> Callable[[Tensor], Densities]:
+        """What computes the densities of Z, from images (B, C, H, W)."""
+        plan = partial(LogitsPlan, self._network.splits)
+        walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
+        computed = ComputedDensities(self._network, walk, self.combine)
+        # a saturated cross-entropy has g = 0 anywhere
+        readable = self.rectifier_shortcut and self.splitting and self.attribution == "max_logit"
+        return ShortcutDensities(computed, plan(None, self.ascent)) if readable else computed
 
-    def _channel_averages(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _channel_averages(self, x: Tensor) -> Densities:
         """Logits and densities of A."""
-        feature = self._feature
+        feature = self._choice.feature
         assert feature is not None
-        average = ChannelAverage(self._splits, feature, self.attack.steps)
-        plan = channel_average_plan(self._splits, feature, self.ascent, self.top_fraction, self.top_over)
-        logits, _, _ = self._walk(x, (*self._splits, feature), feature.site, plan, self.attack, average, Gates())
+        splits = self._network.splits
+        average = ChannelAverage(splits, feature, self.attack.steps)
+        plan = channel_average_plan(splits, feature, self.ascent, self.top_fraction, self.top_over)
+        walk = Walk(plan, self.attack, feature.site, self._input_ascent())
+        logits = self._network.walk(x, walk, average, (*splits, feature))
         return logits, average.densities()
 
-    def _walk_z(
-        self, x: Tensor, splits: Sequence[Split], attack: Attack, density: NonZeroDensity, gates: Gates
-    ) -> tuple[Tensor, dict[Site, Tensor], bool]:
-        plan = logits_plan(splits, self.attribution, self.ascent)
-        return self._walk(x, splits, None, plan, attack, density, gates)
+    def _maps(self, x: Tensor) -> dict[str, Tensor]:
+        splits = self._network.splits
+        observer = AttributionMaps(splits)
+        plan = LogitsPlan(splits, self.attribution, self.ascent)
+        self._network.walk(x, Walk(plan, self.attack, None, self._input_ascent()), observer)
+        return observer.maps()
 
-    def _walk(
-        self, x: Tensor, splits: Sequence[Split], feature: Site | None, plan: Plan, attack: Attack, observer: Observer,
-        gates: Gates,
-    ) -> tuple[Tensor, dict[Site, Tensor], bool]:  # fmt: skip
-        """Logits, images (B,) in doubt at each gate, and whether the network made the survey's calls."""
-        sites = [split.site for split in splits]
-        tape = Tape(self.net, [site for site in sites if gates.steps > 1 or site not in gates.at])
-        doubtful: dict[Site, Tensor] = {}
-        if self.splitting:
-            logits, doubtful = walk_splits(tape, x, feature, plan, attack, observer, self._room, gates)
-            self._room.lanes_now = 0
-        else:
-            logits = walk_input(tape, x, feature, plan, partial(ascended, self.ascent), attack, observer)
-        same_calls = tape.call_names == self._call_names
-        if not same_calls and any(split.site.module is None for split in splits):
-            raise ReplayError(
-                "this batch takes the network through other calls than the first one did, so its split points at "
-                "functional calls cannot be found again; use one SandI for each image size, or name modules in splits"
+    def _input_ascent(self) -> Callable[[Tensor], Loss] | None:
+        return None if self.splitting else partial(loss_on_logits, self.ascent)
+
+    def _look_at_first(self, x: Tensor, tau: Tensor) -> None:
+        """Says so, once, where the scores of different images do not differ.
+
+        Raises:
+            ValueError: they are all zero, as every gradient is.
+        """
+        finite = tau[tau.isfinite()]
+        if not len(finite) or (len(x) < 2 or bool((x == x[:1]).all())):
+            return
+        self._told_apart = True
+        if bool((finite == 0).all()):
+            raise ValueError(
+                "every gradient of the network is zero, so that no image can be told from another: its output is "
+                "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "
+                "the network that returns its logits"
             )
-        return logits, doubtful, same_calls
-
-    # ------------------------------------------------------------------ the network
-
-    def _on_batch(self, x: Tensor, work: Callable[[Tensor], T]) -> T:
-        """``work(x)`` once ``x`` is known to be images, cut to what fits in memory."""
-        checks.require_images(x)
-        checks.require_eval(self.net)
-        return self._room.fit(lambda: self._with_gradients(x, work), x)
-
-    def _with_gradients(self, x: Tensor, work: Callable[[Tensor], T]) -> T:
-        """``work(x)`` with the split points known, parameters frozen and gradients enabled."""
-        with _frozen(self.net), torch.inference_mode(False), torch.enable_grad():
-            x = x.clone() if x.is_inference() else x.detach()
-            try:
-                if not self._splits:
-                    for part in self._room.parts(x[:2], 2):
-                        self._find_splits(part)
-                        break
-                return work(x)
-            except Exception as error:
-                if not isinstance(error, ReplayError) and not is_out_of_memory(error):
-                    checks.require_accepted(self.net, x)
-                raise
-
-    def _cut(self, x: Tensor) -> Iterator[Tensor]:
-        """The batch in parts: half the memory budget holds a part's recorded pass; the other half is for replays."""
-        self._room.bytes = int(self.memory_fraction * free_memory(x.device)) // 2
-        image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
-        return self._room.parts(x, max(1, int(self._room.bytes / image)))
-
-    def _find_splits(self, x: Tensor) -> None:
-        checks.warn_of_range(x)
-        found, recorded = survey(self.net, x)
-        with torch.no_grad():
-            plain = self.net(x)
-        checks.require_logits(plain)
-        checks.require_same(plain, recorded)
-        uses_feature = self.variant == "A" or (self.variant == "auto" and recorded.shape[1] > 100)
-        splits = found.splits(self._wanted_splits, default="last_stage" if uses_feature else "all")
-        feature = found.feature(self._wanted_feature) if uses_feature else None
-        if feature is not None:
-            splits = found.before(feature, splits, self._wanted_splits)
-        else:
-            # a saturated cross-entropy has g = 0 anywhere
-            gated = self._rectifier_shortcut and self.splitting and self.attribution == "max_logit"
-            self._z = ZScorer(splits, self.attack, self.combine, self._walk_z, found if gated else None)
-        self._call_names = found.call_names
-        self._bytes_per_pixel = found.size / x.numel()
-        self._splits, self._feature = splits, feature
-
-
-@contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """The parameters require no gradients."""
-    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        if not self._choice.reads_few_zeros and len(finite) > 1 and bool((finite == finite[0]).all()):
+            _log.warning(
+                "all %d images of the first batch have the same score, %.6g, so they cannot be told apart; try another "
+                "variant or other splits: %r",
+                *(len(finite), float(finite[0]), self),
+            )
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,46 +12,41 @@ from torch import Tensor
 
 from openood_sandi.engine.splits import Split
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.walk import Loss, LossPlan, Objective
 
-__all__ = ["Loss", "Objective", "Plan", "ascended", "channel_average_plan", "logits_plan"]
-
-Loss = Callable[[Tensor, "Tensor | None"], Tensor]
-"""From the logits (L, B, classes) and the feature map F (L, B, ...) of L copies of a batch to the sum over copies and
-images of a loss, so that the gradient of each copy of each image is its own."""
+__all__ = ["LogitsPlan", "channel_average_plan", "loss_on_logits"]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """At one split: g_i = d attribution / dz, and sign(d ascent / dz) is the direction of the step."""
-
-    attribution: Loss | None
-    """None where g_i is not wanted."""
-    ascent: Loss
-
-
-Plan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
-"""From clean logits (B, classes) and clean F to the objective of each split, F's own included where it has one."""
-
-
-def ascended(name: str, logits: Tensor) -> Loss:
-    """L_step, or L_attr, by its name; ``logits`` (B, classes) are the clean ones."""
+def loss_on_logits(name: str, logits: Tensor) -> Loss:
+    """L_step, or L_attr, by its name: "max_logit", or "cross_entropy" of the class that clean ``logits`` predict."""
     return max_logit if name == "max_logit" else cross_entropy(logits.detach().argmax(1))
 
 
-def logits_plan(splits: Sequence[Split], attribution: str, ascent: str) -> Plan:
-    """The same at every split: ``attribution`` and ``ascent`` are "max_logit" or "cross_entropy"."""
+@dataclass(frozen=True)
+class LogitsPlan:
+    """A loss on the logits, the same at every split.
 
-    def plan(logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
-        attributed = ascended(attribution, logits)
-        objective = Objective(attributed, attributed if ascent == attribution else ascended(ascent, logits))
-        return {split.site: objective for split in splits}
+    Attributes:
+        splits: the split points.
+        attribution: L_attr by its name, see :func:`loss_on_logits`; None where no gradient is attributed.
+        ascent: L_step by its name.
+    """
 
-    return plan
+    splits: Sequence[Split]
+    attribution: str | None
+    ascent: str
+
+    def __call__(self, logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
+        ascent = loss_on_logits(self.ascent, logits)
+        attribution = None if self.attribution is None else loss_on_logits(self.attribution, logits)
+        if self.ascent == self.attribution:
+            attribution = ascent  # one backward pass for both
+        return {split.site: Objective(attribution, ascent) for split in self.splits}
 
 
 def channel_average_plan(
     splits: Sequence[Split], feature: Split, ascent: str, top_fraction: float, top_over: str
-) -> Plan:
+) -> LossPlan:
     """S&I-A: F attributed at the splits, the sum of log-softmax at F (Eq. 12).
 
     ``ascent`` is "cross_entropy", or "max_logit" to ascend what is attributed, as the released code then does.
@@ -71,7 +66,7 @@ def channel_average_plan(
         if ascent == "max_logit":
             at_split, at_feature = Objective(inner, inner), Objective(outer, outer)
         else:
-            step = ascended(ascent, logits)
+            step = loss_on_logits(ascent, logits)
             at_split, at_feature = Objective(inner, step), Objective(outer, step)
         return {**{split.site: at_split for split in splits}, feature.site: at_feature}
 

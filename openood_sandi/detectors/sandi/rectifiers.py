@@ -1,187 +1,260 @@
-"""The pattern of non-zero gradients without gradients, where a split feeds a rectifier.
+"""Where gradients are zero, told by forward passes alone: the rectifiers of a network.
 
-A unit that a rectifier cuts off has gradient zero, and one that it lets through has, but for coincidences behind the
-rectifier, a gradient that is not zero: at a split that feeds a ReLU, directly or through a residual addition or a batch
-norm, the pattern of g_i in Eq. 11 is the ReLU's own mask at z^{i-1} (plus the clean residual), less what a max-pool
-behind it drops. Z then needs no pass through the suffixes for i <= 2. Coincidences exist (a dead suffix, say), so
-:class:`openood_sandi.SandI` checks a gate against true gradients before it relies on it, and again as it goes.
+A unit that a rectifier cuts off has gradient zero. One that it lets through has a gradient that is not zero, as long as
+something behind it is let through as well: so at a split that feeds a ReLU, directly or by way of a batch norm or a
+residual addition, the pattern of g_i in Eq. 11 is the ReLU's own mask in the pass at z^{i-1}, less what a max-pool
+behind it drops.
+
+That is proved, not assumed. In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and
+linear layers, every position hands its gradient on to every channel before it, if at every rectifier behind it more
+channels are open at each position than there are output channels with a zero weight, windows leave no position out, and
+the predicted class's row of the last layer is nowhere zero. :class:`RectifiedNetwork` holds what weights and shapes
+say; the open channels are counted image by image, on the clean pass for g_1 and on the pass at z^{i-1} for g_i. Sums
+that cancel to exactly zero remain: one position in 5e8 in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openood_sandi.engine.lanes import tensors_in
+from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Call, Site
 
-__all__ = ["Certificate", "Gate", "Rectifier", "find_certificate", "find_gates"]
+__all__ = ["RectifiedNetwork", "Rectifier", "rectified_network"]
 
 
 @dataclass(frozen=True)
 class Rectifier:
-    """A call that lets some of its input through, unchanged, and cuts the rest off."""
+    """A call that lets some of its input through, unchanged, and cuts the rest off.
+
+    Attributes:
+        position: its place in the pass.
+        bounds: what is let through lies strictly between these.
+        pool: the max-pool that alone uses its result, as a call and its place, if one does.
+        needed: how many channels must be open at a position for it to hand on gradients for certain.
+    """
 
     position: int
-    """Its position on the tape."""
     bounds: tuple[float, float]
-    """What is let through lies strictly between these."""
-    pool: int | None
-    """The position of the max-pool that alone uses its result, if one does."""
+    pool: tuple[int, Call] | None
+    needed: int
 
     @property
     def is_plain(self) -> bool:
         """Whether just what is zero in its result is cut off: a ReLU without a max-pool."""
         return self.pool is None and self.bounds == (0.0, math.inf)
 
-    def mask(self, entering: Tensor, calls: Sequence[Call]) -> Tensor:
-        """1 or True where ``entering`` has a gradient behind the rectifier, and a max-pool behind it, and 0 where not.
-
-        The rectifier's result, which is cut off alike, may stand for what enters it.
-        """
-        if self.pool is not None:
-            with torch.enable_grad():
-                entering = entering.detach().requires_grad_(True)
-                rectified = calls[self.position].rerun({calls[self.position].producers[0]: entering})
-                total = calls[self.pool].rerun({self.position: rectified}).sum()
-            return torch.autograd.grad(total, entering)[0] != 0
+    def mask(self, result: Tensor) -> Tensor:
+        """Where the rectifier's input has a gradient, 1 or True there, from its result (N, K, ...)."""
+        low, high = self.bounds
         # on CPUs, numbers are several times faster to make and to add up than a boolean mask
-        quick = entering.device.type == "cpu" and entering.dtype in (torch.float32, torch.float64)
-        mask = torch.gt(entering, self.bounds[0], out=torch.empty_like(entering) if quick else None)
-        return mask if math.isinf(self.bounds[1]) else mask * (entering < self.bounds[1])
+        quick = self.pool is None and result.device.type == "cpu" and result.dtype in (torch.float32, torch.float64)
+        mask = torch.gt(result, low, out=torch.empty_like(result) if quick else None)
+        if not math.isinf(high):
+            mask = mask * (result < high)
+        return mask if self.pool is None else mask & _winners(result, self.pool[1])
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The rectifier behind a split, and the way there in positions on the tape."""
+class RectifiedNetwork:
+    """What makes patterns of gradients readable in a network, at one shape of images and one state of its weights.
 
-    split: int
-    """The call whose result the split is."""
-    way: tuple[int, ...]
-    """The calls from there to the rectifier, each of which acts on every position by itself and is monotonic."""
-    rectifier: Rectifier
-
-    def perturbed(self, z: Tensor, calls: Sequence[Call]) -> Tensor:
-        """The rectifier's mask with the split's tensor at ``z`` and all else as recorded."""
-        previous = self.split
-        for position in self.way:
-            values = {producer: calls[producer].result.detach() for producer in calls[position].producers}
-            z = calls[position].rerun({**values, previous: z})
-            previous = position
-        return self.rectifier.mask(z, calls)
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What makes sure, from a forward pass alone, that nothing behind a gate is dead for some image.
-
-    In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and linear layers, a position
-    that a rectifier lets through in any channel hands its gradient on to every channel before, as long as
-    that holds at the rectifiers behind it too. (Weights that are zero, and positions that a stride skips, are the
-    same for all images, and seen on the first batch.)
+    Attributes:
+        rectifiers: all of them by position.
+        gates: for each split, the position of the rectifier that it feeds.
+        call_names: the calls that positions are counted in.
+        open_rows: (classes,) whether the last layer's row of a class is nowhere zero.
     """
 
-    rectifiers: tuple[Rectifier, ...]
-    """Every rectifier of the network."""
+    rectifiers: Mapping[int, Rectifier]
+    gates: Mapping[Site, int]
+    call_names: tuple[str, ...]
+    open_rows: Tensor
+
+    @property
+    def has_max_pool(self) -> bool:
+        """Whether a max-pool stands behind a gate: what loses to a neighbour may win after a step."""
+        return any(self.rectifiers[position].pool is not None for position in self.gates.values())
 
 
-def find_certificate(calls: Sequence[Call]) -> Certificate | None:
-    """The network's certificate, from a recorded pass; None if it contains anything else than named there."""
-    consumers = _consumers(calls)
-    rectifiers: list[Rectifier] = []
-    for position, call in enumerate(calls):
-        if not call.producers or not tensors_in(call.result):
-            continue
-        before = calls[call.producers[0]] if call.producers[0] >= 0 else None
-        rectifier = _rectifier(calls, consumers, position)
-        if rectifier is not None:
-            if before is None:
-                return None
-            rectifiers.append(rectifier)
-        elif call.name == "max_pool2d":
-            # behind anything but a rectifier it drops positions that no mask tells of
-            alone = _max_pool_behind(calls, consumers, call.producers[0]) == position
-            if before is None or _bounds(before) is None or not alone:
-                return None
-        elif call.name == "conv2d":
-            if (call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)) != 1:
-                return None
-        elif call.name not in _LINEAR and not _is_position_by_position(calls, position, call.producers[0]):
-            return None
-    return Certificate(tuple(rectifiers))
+def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> RectifiedNetwork | None:
+    """The network's rectifiers, from a recorded pass; None where masks do not tell the patterns at all ``splits``."""
+    held = found.positions(splits)
+    if len(held) < len(splits):
+        return None
+    graph = _Graph(found.calls)
+    try:
+        rectifiers = dict(graph.rectifiers())
+        open_rows = graph.open_rows()
+        gates = {site: graph.gate(position) for site, position in held.items()}
+    except _Unreadable:
+        return None
+    return RectifiedNetwork(rectifiers, gates, found.call_names, open_rows)
 
 
-# Besides convolutions: what hands every gradient on.
-_LINEAR = frozenset(("linear", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape"))
+class _Unreadable(Exception):
+    """The network has something that no mask tells of."""
 
 
-def find_gates(calls: Sequence[Call], held: Mapping[Site, int]) -> dict[Site, Gate]:
-    """The gates of those sites that have one.
-
-    Args:
-        calls: a recorded forward pass.
-        held: for each site, the position of the call whose result it is.
-    """
-    consumers = _consumers(calls)
-    gates: dict[Site, Gate] = {}
-    for site, split in held.items():
-        way: list[int] = []
-        here = split
-        while len(consumers[here]) == 1 and _is_position_by_position(calls, consumers[here][0], here):
-            here = consumers[here][0]
-            way.append(here)
-        rectifier = _rectifier(calls, consumers, consumers[here][0]) if len(consumers[here]) == 1 else None
-        if rectifier is not None:
-            gates[site] = Gate(split, tuple(way), rectifier)
-    return gates
+_POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
+_VIEWS = frozenset(("flatten", "view", "reshape"))
+_BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
-def _rectifier(calls: Sequence[Call], consumers: Mapping[int, list[int]], position: int) -> Rectifier | None:
-    """The call at ``position`` as a rectifier, if it is one."""
-    bounds = _bounds(calls[position])
-    return None if bounds is None else Rectifier(position, bounds, _max_pool_behind(calls, consumers, position))
+class _Graph:
+    """The calls of a recorded pass that compute something from the images, and who uses their results."""
 
-
-def _consumers(calls: Sequence[Call]) -> dict[int, list[int]]:
-    """For each call, the positions of those that compute something from its result."""
-    consumers: dict[int, list[int]] = defaultdict(list)
-    for position, call in enumerate(calls):
-        if tensors_in(call.result):
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.consumers: dict[int, list[int]] = defaultdict(list)
+        for position, call in self._derived():
             for producer in call.producers:
-                consumers[producer].append(position)
-    return consumers
+                self.consumers[producer].append(position)
+
+    def rectifiers(self) -> Iterator[tuple[int, Rectifier]]:
+        """Every rectifier, after a look at every call.
+
+        Raises:
+            _Unreadable: a call is of another kind than those named at the top, or leaves some of its input out.
+        """
+        for position, call in self._derived():
+            if not isinstance(call.result, Tensor) or not self._is_covered(position):
+                raise _Unreadable
+            bounds = _bounds(call)
+            if bounds is not None:
+                needed = 1 + self._zero_weights(call.producers[0])
+                yield position, Rectifier(position, bounds, self._max_pool_behind(position), needed)
+            elif not (self._is_linear(call) or self._is_pool(position) or self._acts_by_position(position)):
+                raise _Unreadable
+
+    def gate(self, split: int) -> int:
+        """The rectifier that a split's tensor feeds."""
+        here = split
+        while len(self.consumers[here]) == 1:
+            here = self.consumers[here][0]
+            if _bounds(self.calls[here]) is not None:
+                return here
+            if not self._acts_by_position(here):
+                break
+        raise _Unreadable
+
+    def open_rows(self) -> Tensor:
+        """(classes,): whether the row of the last layer is nowhere zero."""
+        position = max((position for position, _ in self._derived()), default=-1)
+        while position >= 0 and self.calls[position].name in (*_POOLS, *_VIEWS):
+            position = self.calls[position].producers[0]
+        if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
+            raise _Unreadable
+        return (_weight(self.calls[position]) != 0).flatten(1).all(1)
+
+    def _derived(self) -> Iterator[tuple[int, Call]]:
+        for position, call in enumerate(self.calls):
+            if call.producers and tensors_in(call.result):
+                yield position, call
+
+    def _is_linear(self, call: Call) -> bool:
+        if call.name == "linear":
+            return bool(call.result.dim() == 2)
+        return call.name == "conv2d" and _argument(call, 6, "groups", 1) == 1
+
+    def _is_pool(self, position: int) -> bool:
+        call = self.calls[position]
+        if call.name == "max_pool2d":  # behind anything but a rectifier it drops positions that no mask tells of
+            before = call.producers[0]
+            pool = self._max_pool_behind(before) if before >= 0 and _bounds(self.calls[before]) is not None else None
+            return pool is not None and pool[0] == position
+        return call.name in _POOLS or call.name in _VIEWS
+
+    def _acts_by_position(self, position: int) -> bool:
+        """Whether the call is a plain addition of two results of one shape, or a batch norm in eval mode."""
+        call = self.calls[position]
+        if call.name == "batch_norm":
+            return len(call.producers) == 1 and _argument(call, 5, "training", False) is False
+        if call.name not in ("add", "__add__", "__radd__") or len(set(call.producers)) != 2:
+            return False
+        shapes = {self.calls[p].result.shape if p >= 0 else None for p in (*call.producers, position)}
+        return len(shapes) == 1 and call.kwargs.get("alpha", 1) == 1
+
+    def _max_pool_behind(self, position: int) -> tuple[int, Call] | None:
+        behind = self.consumers[position]
+        if len(behind) == 1 and self.calls[behind[0]].name == "max_pool2d":
+            return behind[0], self.calls[behind[0]]
+        return None
+
+    def _zero_weights(self, position: int) -> int:
+        """In how many output channels, at most, an input of the layers before has a zero weight."""
+        if position < 0:
+            return 0
+        call = self.calls[position]
+        if call.name in ("linear", "conv2d"):
+            return int((_weight(call) == 0).sum(0).max())
+        if call.name == "batch_norm":
+            scale = _argument(call, 3, "weight", None)
+            dead = int((scale == 0).sum()) if isinstance(scale, Tensor) else 0
+            return dead + self._zero_weights(call.producers[0])
+        if self._acts_by_position(position):
+            return sum(self._zero_weights(producer) for producer in call.producers)
+        return 0
+
+    def _is_covered(self, position: int) -> bool:
+        """Whether every position of the call's result lies in some window of the calls that use it."""
+        result, behind = self.calls[position].result, self.consumers[position]
+        if result.dim() != 4 or not behind:
+            return True
+        windowed = [self.calls[p] for p in behind if self.calls[p].name in ("conv2d", "avg_pool2d")]
+        if len(windowed) < len(behind):
+            return True
+        covered = torch.zeros(result.shape[2:], dtype=torch.bool)
+        for call in windowed:
+            covered |= _window(call, result.shape[2:])
+        return bool(covered.all())
 
 
-def _max_pool_behind(calls: Sequence[Call], consumers: Mapping[int, list[int]], position: int) -> int | None:
-    """The position of the max-pool that alone uses the result at ``position``, if one does."""
-    behind = consumers[position]
-    if len(behind) == 1 and calls[behind[0]].name == "max_pool2d" and isinstance(calls[behind[0]].result, Tensor):
-        return behind[0]
-    return None
+def _window(call: Call, size: Sequence[int]) -> Tensor:
+    """Which positions (H, W) of its input a convolution or an average pool reads."""
+    with torch.enable_grad():
+        x = torch.zeros(1, 1, *size, requires_grad=True)
+        if call.name == "conv2d":
+            kernel = torch.ones(1, 1, *_weight(call).shape[2:])
+            names = ("stride", "padding", "dilation")
+            given = {name: _argument(call, 3 + k, name, None) for k, name in enumerate(names)}
+            result = F.conv2d(x, kernel, None, **{name: value for name, value in given.items() if value is not None})
+        else:
+            result = call.func(x, *call.args[1:], **{k: v for k, v in call.kwargs.items() if k != "input"})
+        return torch.autograd.grad(result.sum(), x)[0][0, 0] != 0
 
 
-def _is_position_by_position(calls: Sequence[Call], position: int, operand: int) -> bool:
-    """Whether the call is a plain addition of two recorded results of one shape, or a batch norm in eval mode."""
-    call = calls[position]
-    if call.name == "batch_norm":
-        return call.producers == (operand,) and call.kwargs.get("training") is False
-    if call.name not in ("add", "__add__", "__radd__") or len(set(call.producers)) != 2 or len(call.producers) != 2:
-        return False
-    shapes = {getattr(calls[p].result, "shape", None) if p >= 0 else None for p in (*call.producers, position)}
-    return len(shapes) == 1 and call.kwargs.get("alpha", 1) == 1
+def _winners(rectified: Tensor, pool: Call) -> Tensor:
+    """Where in ``rectified`` (..., K, H, W) some window of the max-pool has its largest value."""
+    options = {k: v for k, v in pool.kwargs.items() if k not in ("input", "return_indices")}
+    maps = rectified.reshape(-1, *rectified.shape[-3:])
+    indices = F.max_pool2d(maps, *pool.args[1:6], **options, return_indices=True)[1]
+    won = torch.zeros_like(maps, dtype=torch.bool).flatten(2)
+    return won.scatter_(2, indices.flatten(2), True).view(rectified.shape)
 
 
 def _bounds(call: Call) -> tuple[float, float] | None:
     """What a rectifier lets through lies strictly between these; None for any other call."""
-    if call.name == "relu":
-        return 0.0, math.inf
-    if call.name == "relu6":
-        return 0.0, 6.0
     if call.name == "hardtanh":
         return float(call.kwargs.get("min_val", -1.0)), float(call.kwargs.get("max_val", 1.0))
-    return None
+    return _BOUNDS.get(call.name)
+
+
+def _weight(call: Call) -> Tensor:
+    weight = _argument(call, 1, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise _Unreadable
+    return weight
+
+
+def _argument(call: Call, place: int, name: str, default: Any) -> Any:
+    return call.args[place] if len(call.args) > place else call.kwargs.get(name, default)

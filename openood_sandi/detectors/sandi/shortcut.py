@@ -1,187 +1,199 @@
-"""Densities of S&I-Z with as few gradients as tell them: none, that of the step, or all along every path.
+"""Densities of S&I-Z with as few gradients as prove them: none, those of the steps, or all along every path.
 
-Where splits feed rectifiers (:mod:`.rectifiers`), their patterns of gradients are read off these. That is
-checked against true gradients, on some images, before it is relied on and as it goes; what is in doubt is computed.
+Where every split feeds a rectifier, the patterns of Eq. 11 are read off the rectifiers' masks
+(:mod:`.rectifiers`): that of g_1 in the clean pass, that of g_i in the pass at z^{i-1}, for the images where they are
+proved there. The others are computed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
-from openood_sandi.detectors.sandi.masks import Gates
-from openood_sandi.detectors.sandi.rectifiers import Certificate, Gate, find_certificate, find_gates
+from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.splits import Split, Survey
+from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.walk import LossPlan, Observer, Walk
 
-__all__ = ["ZScorer"]
+__all__ = ["ComputedDensities", "ShortcutDensities"]
 
 _log = logging.getLogger(__name__)
 
-# Gates are compared with true gradients on images of the first batch (on all, where that takes one backward pass) and
-# on some more every so many. Between these, the zeros of each batch's step gradient are looked at (`walk_splits`).
-_FIRST_CHECK = 4
-_LATER_CHECK = 1
-_CHECK_EVERY = 1024
+# On so many images of the first batch of a shape, what was read is compared with what gradients say.
+_FIRST_CHECK = 2
 # A sum of products is exactly zero by accident now and then: seen once in 5e8 positions in float32.
 _COINCIDENCE = 1e-6
 
-Walk = Callable[[Tensor, Sequence[Split], Attack, NonZeroDensity, Gates], tuple[Tensor, dict[Site, Tensor], bool]]
-"""Walks the paths of the splits on images (B, C, H, W) and returns the logits, the images (B,) in doubt at each gate,
-and whether the network made the survey's calls."""
 
-
-class ZScorer:
-    """Scores batches, and remembers between them which gates have turned out to tell the truth.
+class ReadDensity(Observer):
+    """E of Eq. 11 read off the rectifiers of the passes of a walk.
 
     Args:
-        splits: the split points.
-        attack: the paths.
-        combine: how Eq. 11 goes over the gradients.
-        walk: what does the work.
-        shortcut: the recorded pass to look for gates in; None computes every gradient.
+        rectified: the network's rectifiers.
+        density: takes in the patterns.
+        forward_suffices: whether the pattern of g_1 is all there is to know.
     """
 
-    def __init__(
-        self, splits: Sequence[Split], attack: Attack, combine: str, walk: Walk, shortcut: Survey | None
-    ) -> None:
-        self._splits, self._attack, self._combine, self._walk = splits, attack, combine, walk
-        self._calls: tuple[str, ...] = ()
-        self._certificate: Certificate | None = None
-        self._candidates: dict[Site, Gate] = {}
-        self.gates: dict[Site, Gate] | None = None
-        """Those relied on; None before the first check."""
-        self.forward_suffices = False
-        """Whether the gates tell all there is to know about their splits from a forward pass."""
-        self._mostly_untold = False
-        self._unchecked = -1
-        # Only g_1 and g_2 need no pass through the suffixes.
-        if shortcut is not None and (attack.steps <= 2 or combine == "union"):
-            self._find_gates(shortcut)
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, forward_suffices: bool) -> None:
+        self.density = density
+        self.only_listens = forward_suffices
+        self.lost = False
+        """Whether the network makes other calls than those that the rectifiers were found in."""
+        self._rectified = rectified
+        self._sites: dict[int, list[Site]] = {position: [] for position in rectified.rectifiers}
+        for site, position in rectified.gates.items():
+            self._sites[position].append(site)
+        self._fewest: dict[tuple[torch.Size, int], Tensor] = {}
+        self._closed: list[Tensor] = []
 
-    def densities(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, classes) and E (B, K) by split name, from a forward pass alone for the images where that tells."""
-        if not (self.gates and self.forward_suffices) or self._mostly_untold:
-            return self._with_gradients(x)
-        read = self._read(x, self._splits, self.gates, steps=1)
-        if read is None:
-            return self._with_gradients(x)
-        logits, found, doubtful = read
-        untold = list(doubtful.values())[:1]  # no certificate, which is the same at every gate
-        if self._attack.steps > 1:  # without a gate, g_1 tells the union where it is nowhere zero
-            untold += [(found[split.name] < 1).any(1) for split in self._splits if split.site not in self.gates]
-        if untold:
-            images = torch.stack(untold).any(0)
-            self._mostly_untold = 2 * int(images.sum()) > len(x)
-            rows = (images & logits.isfinite().all(1)).nonzero()[:, 0]
-            if len(rows):
-                _, computed = self._with_gradients(x[rows])
-                for name, density in computed.items():
-                    found[name][rows] = density
-        return logits, found
-
-    def check(self, x: Tensor, parts: Callable[[Tensor], Iterable[Tensor]]) -> None:
-        """Compares the patterns that gates tell with those of gradients: on the first batch, and now and then.
-
-        Args:
-            x: the batch (B, C, H, W) that comes next.
-            parts: cuts images to what fits in memory.
-        """
-        if 0 <= self._unchecked < _CHECK_EVERY:
-            self._unchecked += len(x)
+    def call(self, position: int, name: str, result: Any) -> None:
+        # every call, not only the rectifiers: after another way through the network a mask may not even have the shape
+        self.lost = self.lost or self._rectified.call_names[position : position + 1] != (name,)
+        rectifier = self._rectified.rectifiers.get(position)
+        if rectifier is None or self.lost:
             return
-        first = self.gates is None
-        gates = dict(self._candidates if self.gates is None else self.gates)
-        splits = [split for split in self._splits if split.site in gates]
-        few = (_FIRST_CHECK if self._attack.steps > 1 else len(x)) if first else _LATER_CHECK
-        differing, compared = dict.fromkeys(gates, 0.0), 0
-        for part in parts(x[:few]) if splits else ():
-            read = self._read(part, splits, gates, 1 if self.forward_suffices else 2)
-            if read is None:
-                continue
-            logits, found, doubtful = read
-            _, exact = self._exact(part, splits)
-            rows = logits.isfinite().all(1)
-            if self.forward_suffices:
-                for mask in doubtful.values():
-                    rows &= ~mask
-            compared += int(rows.sum())
-            for split in splits:
-                difference = (found[split.name] - exact[split.name])[rows].abs()
-                differing[split.site] += float(difference.sum()) / found[split.name].shape[1]
-        self._unchecked, self._mostly_untold = len(x), False
-        if splits and first and not compared:
-            return  # these images cannot tell; later ones may
-        for split in splits:
-            share = differing[split.site] / max(compared, 1)
-            if share > _COINCIDENCE:
-                _give_up(gates, split, share, relied=not first)
-        self.gates = gates
+        result = result.detach()
+        if rectifier.is_plain and self.only_listens and rectifier.needed == 1:
+            mask, through = result.bool(), result.sum(1)  # the quickest to count; no result is negative
+        else:
+            mask = rectifier.mask(result)
+            through = mask.sum(1)
+        for site in self._sites[position]:
+            self.density.pattern(site, mask)
+        self._note(through, rectifier)
 
-    def _find_gates(self, found: Survey) -> None:
-        """The gates worth having: where one forward pass tells g_1, or one backward pass more g_2."""
-        gates = find_gates(found.calls, found.positions(self._splits))
-        self._calls, self._certificate = found.call_names, find_certificate(found.calls)
-        # The union of a rectifier's patterns is the first one; that of a max-pool's is not.
-        union = self._combine == "union" and all(gate.rectifier.pool is None for gate in gates.values())
-        self.forward_suffices = self._certificate is not None and (self._attack.steps == 1 or union)
-        if self.forward_suffices or self._attack.steps == 2:
-            self._candidates = gates
+    def _note(self, through: Tensor, rectifier: Rectifier) -> None:
+        """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
+        key = through.shape, rectifier.needed
+        fewest = self._fewest.get(key)
+        self._fewest[key] = through if fewest is None else torch.minimum(fewest, through)
 
-    def _with_gradients(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with gradients: for two steps with that of the step alone, where its zeros are those of the gate."""
-        read = self._read(x, self._splits, self.gates, steps=2) if self.gates and self._attack.steps == 2 else None
-        if read is None:
-            return self._exact(x, self._splits)
-        logits, found, doubtful = read
-        if doubtful:
-            splits = [split for split in self._splits if split.site in doubtful]
-            rows = (torch.stack(list(doubtful.values())).any(0) & logits.isfinite().all(1)).nonzero()[:, 0]
-            if len(rows):
-                _, exact = self._exact(x[rows], splits)
-                for split in splits:
-                    share = float((found[split.name][rows] - exact[split.name]).abs().sum()) / found[split.name].numel()
-                    found[split.name][rows] = exact[split.name]
-                    if share > _COINCIDENCE and self.gates:
-                        _give_up(self.gates, split, share)
+    def replayed(self, position: int, lane_sites: Sequence[Site], result: Any) -> None:
+        rectifier = self._rectified.rectifiers.get(position)
+        if rectifier is None:
+            return
+        mask = rectifier.mask(result.detach())
+        here = self._sites[position]
+        for lane, site in enumerate(lane_sites):
+            if site in here:
+                self.density.pattern(site, mask[lane])
+        open_ = (mask.sum(2) >= rectifier.needed).reshape(*mask.shape[:2], -1)
+        self._closed.append(~open_.all(2).all(0))
+
+    def unproved(self, logits: Tensor) -> Tensor:
+        """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
+        rows = self._rectified.open_rows
+        if not self.only_listens:  # a step may change the class
+            rows = rows.all().expand(len(rows))
+        unproved = ~rows[logits.argmax(1)]
+        for (_, needed), fewest in self._fewest.items():
+            least = fewest.reshape(len(fewest), -1).amin(1)
+            unproved = unproved | (least <= 0 if needed == 1 else least < needed)
+        for closed in self._closed:
+            unproved = unproved | closed
+        return unproved
+
+
+@dataclass(frozen=True)
+class ComputedDensities:
+    """Densities of S&I-Z with every gradient computed.
+
+    Attributes:
+        network: the split network.
+        walk: the losses and the paths.
+        combine: how Eq. 11 goes over the gradients.
+    """
+
+    network: SplitNetwork
+    walk: Walk
+    combine: str
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, classes) and E (B, K) by split name of images (B, C, H, W)."""
+        density = NonZeroDensity(self.network.splits, self.walk.attack.steps, self.combine)
+        logits = self.network.walk(x, self.walk, density)
+        return logits, density.densities()
+
+
+class ShortcutDensities:
+    """Densities of S&I-Z, read where that is proved, image by image, and computed where it is not.
+
+    Args:
+        computed: computes them with every gradient.
+        steps_alone: the same losses with nothing attributed.
+    """
+
+    def __init__(self, computed: ComputedDensities, steps_alone: LossPlan) -> None:
+        self._computed, self._steps_alone = computed, steps_alone
+        self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
+        self._rectified: dict[object, RectifiedNetwork | None] = {}
+        self._mostly_unproved = False
+        self._seen = self._proved = 0
+
+    @property
+    def proved_share(self) -> float:
+        """The share of the images so far whose densities were read."""
+        return self._proved / max(self._seen, 1)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, classes) and E (B, K) by split name of images (B, C, H, W)."""
+        self._seen += len(x)
+        key = (*x.shape[1:], x.dtype, x.device, self._network.weights_version())
+        if key not in self._rectified:
+            self._rectified = {**dict(list(self._rectified.items())[-7:]), key: self._checked(x)}
+        rectified = self._rectified[key]
+        if rectified is None or self._mostly_unproved:
+            return self._computed(x)
+        return self._read(x, rectified)
+
+    def _read(self, x: Tensor, rectified: RectifiedNetwork) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, found, unproved = self._masks(x, rectified)
+        if found is None:
+            return self._computed(x)
+        self._mostly_unproved = 2 * int(unproved.sum()) > len(x)
+        rows = (unproved & logits.isfinite().all(1)).nonzero()[:, 0]
+        self._proved += len(x) - len(rows)
+        if len(rows):
+            for name, density in self._computed(x[rows])[1].items():
+                found[name][rows] = density
         return logits, found
 
-    def _exact(self, x: Tensor, splits: Sequence[Split]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every gradient computed."""
-        read = self._read(x, splits, {}, self._attack.steps)
-        assert read is not None
-        return read[:2]
+    def _masks(self, x: Tensor, rectified: RectifiedNetwork) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
+        """Logits, densities as masks tell them (None if they tell nothing), and which images (B,) are unproved."""
+        splits = self._network.splits
+        # What is cut off has a step of zero and stays cut off, so the union is the first pattern; behind a max-pool
+        # what loses to a neighbour may win after the neighbour's step.
+        union = self._combine == "union" and not rectified.has_max_pool
+        forward_suffices = self._attack.steps == 1 or union
+        density = NonZeroDensity(splits, 1 if union else self._attack.steps, self._combine)
+        read = ReadDensity(rectified, density, forward_suffices)
+        walk = Walk(self._steps_alone, Attack(1) if forward_suffices else self._attack)
+        logits = self._network.walk(x, walk, read, () if forward_suffices else splits)
+        if read.lost:
+            return logits, None, logits.new_zeros(0, dtype=torch.bool)
+        return logits, density.densities(), read.unproved(logits)
 
-    def _read(
-        self, x: Tensor, splits: Sequence[Split], gates: Mapping[Site, Gate], steps: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[Site, Tensor]] | None:
-        """Logits, densities with the patterns at ``gates`` read off, and images (B,) where these do not tell.
-
-        With ``steps`` = 1 they are those of g_1, which at a gate is all of the union; with 2, the gates tell g_2 too.
-        None if the network made other calls than in the survey: gates are places on the survey's tape.
-        """
-        at = {split.site: gates[split.site] for split in splits if split.site in gates}
-        attack = replace(self._attack, steps=1) if at and steps == 1 else self._attack
-        density = NonZeroDensity(splits, attack.steps, self._combine)
-        given = Gates(at, steps, self._certificate, self._calls, density.pattern)
-        logits, doubtful, same_calls = self._walk(x, splits, attack, density, given)
-        return None if at and not same_calls else (logits, density.densities(), doubtful)
-
-
-def _give_up(gates: dict[Site, Gate], split: Split, share: float, relied: bool = False) -> None:
-    """``relied``: scores of earlier images were read off the gate."""
-    if gates.pop(split.site, None) is not None:
-        _log.log(
-            logging.WARNING if relied else logging.INFO,
-            "the gradient at %s has zeros that its rectifier does not explain (%.2g of all positions); "
-            "computing it from now on%s",
-            split.name,
-            share,
-            "; earlier scores may be off by as much: rectifier_shortcut=False computes all" if relied else "",
-        )
+    def _checked(self, x: Tensor) -> RectifiedNetwork | None:
+        """The network's rectifiers, once what they tell of a few of the images agrees with every gradient."""
+        few = x[:_FIRST_CHECK]
+        rectified = rectified_network(self._network.record(few), self._network.splits)
+        if rectified is None:
+            return None
+        logits, found, unproved = self._masks(few, rectified)
+        if found is None:
+            return None
+        exact = self._computed(few)[1]
+        rows = logits.isfinite().all(1) & ~unproved
+        for name, density in exact.items():
+            share = float((found[name] - density)[rows].abs().mean()) if rows.any() else 0.0
+            if share > _COINCIDENCE:
+                _log.info("the gradient at %s is zero where its rectifier is not (%.2g); computing all", name, share)
+                return None
+        return rectified

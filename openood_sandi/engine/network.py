@@ -1,0 +1,177 @@
+"""A classifier split at points of its forward pass: the life of a network that gradients are asked of.
+
+:class:`SplitNetwork` finds the split points, freezes the parameters, cuts batches to what fits in memory, walks the
+paths of Eq. 9 and leaves the network as it was found. It knows nothing of what is made of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from openood_sandi.engine import checks
+from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
+from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
+from openood_sandi.engine.tape import Tape
+from openood_sandi.engine.twin import Twin
+from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
+
+__all__ = ["Choice", "SplitNetwork"]
+
+T = TypeVar("T")
+
+Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
+"""From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
+
+
+class SplitNetwork:
+    """A classifier that is asked for gradients at split points.
+
+    >>> network = SplitNetwork(net)
+    >>> network.over(images, lambda part: network.walk(part, Walk(losses), observer))
+
+    Args:
+        net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
+            ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through.
+        splits: the split points: "all" (every normalisation layer), "last_stage", module names and globs, as a list or
+            separated by commas; or a function that chooses them. They are found on the first batch, with seeded
+            noise of its images' shape, so that they do not depend on what the images show.
+        memory_fraction: the share of the device's free memory that a batch may plan for.
+
+    Raises:
+        TypeError: ``net`` is no eager module.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, splits: str | Sequence[str] | Choice = "all", memory_fraction: float = 0.5
+    ) -> None:
+        self.net = checks.eager_network(net)
+        self.memory_fraction = memory_fraction
+        self.call_names: tuple[str, ...] = ()
+        """The calls of the first batch's pass by name."""
+        self.classes = 0
+        """The number of logits, known after the first batch."""
+        self._choose: Choice = splits if callable(splits) else partial(_named, splits)
+        self._splits: tuple[Split, ...] = ()
+        self._bytes_per_pixel = 0.0
+        self._budget = MemoryBudget()
+        self._twin = Twin(self.net)
+        self._running: nn.Module = self.net
+        """What passes are made over: the twin, while a batch is worked on."""
+        self._made = 0
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the split points are known."""
+        return bool(self._splits)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The split points in call order.
+
+        Raises:
+            RuntimeError: before the first batch, on which they are found.
+        """
+        if not self._splits:
+            raise RuntimeError("the split points are found on the first batch; score one first")
+        return self._splits
+
+    def over(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
+        """``work(part)`` for each of the parts of a batch that fit in memory, in order.
+
+        Meanwhile the parameters are frozen, gradients are enabled, and the split points are known. Where memory
+        runs out all of it is done again in smaller parts.
+
+        Args:
+            x: images (B, C, H, W) as the network expects them, on its device.
+            work: may call :meth:`walk`; each part is (b, C, H, W).
+
+        Raises:
+            ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
+            ReplayError: the network cannot be split.
+            torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
+        """
+        checks.require_images(x)
+        checks.require_eval(self.net)
+        with self._twin.use() as module:  # one thread at a time
+            if module is not self._running:
+                self._running, self._made = module, self._made + 1
+            return self._budget.fit(lambda: self._in_parts(x, work), x)
+
+    def walk(self, x: Tensor, walk: Walk, observer: Observer, splits: Sequence[Split] | None = None) -> Tensor:
+        """Walks the paths from ``x`` (B, C, H, W), tells the observer, and returns the clean logits (B, classes).
+
+        To be called inside :meth:`over`.
+
+        Args:
+            x: the images.
+            walk: losses and steps.
+            observer: takes in gradients and whatever else it asks for.
+            splits: where; by default at all split points.
+        """
+        sites = [split.site for split in (self.splits if splits is None else splits)]
+        tape = Tape(self._running, sites)
+        if walk.input_ascent is None:
+            logits = walk_splits(tape, x, walk, observer, self._budget)
+        else:
+            logits = walk_input(tape, x, walk, observer)
+        if tape.call_names != self.call_names and any(site.module is None for site in sites):
+            raise ReplayError(
+                "this batch takes the network through other calls than the first one did, so its split points at "
+                "functional calls cannot be found again; use one detector for each image size, or name modules in "
+                "splits"
+            )
+        return logits
+
+    def weights_version(self) -> tuple[int, ...]:
+        """A number for each parameter and buffer, which an in-place change raises."""
+        tensors = (*self.net.parameters(), *self.net.buffers())
+        return self._made, *(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+    def record(self, x: Tensor) -> RecordedNetwork:
+        """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""
+        with torch.no_grad():
+            plain = self._running(x.clone())  # some networks write into their images
+        checks.require_logits(plain)
+        self.classes = plain.shape[1]
+        found, recorded = record_network(self._running, x)
+        checks.require_same(plain, recorded)
+        return found
+
+    # ------------------------------------------------------------------ a batch
+
+    def _in_parts(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone() if x.is_inference() else x.detach()
+            try:
+                if not self._splits:
+                    self._find_splits(next(self._budget.parts(x[:2], 2)))
+                return [work(part) for part in self._cut(x)]
+            except Exception as error:
+                if not isinstance(error, ReplayError) and not is_out_of_memory(error):
+                    checks.require_accepted(self.net, x)
+                raise
+
+    def _cut(self, x: Tensor) -> Iterator[Tensor]:
+        """The batch in parts: half the memory budget holds a part's recorded pass; the other half is for replays."""
+        self._budget.bytes = int(self.memory_fraction * free_memory(x.device)) // 2
+        image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
+        return self._budget.parts(x, max(1, int(self._budget.bytes / image)))
+
+    def _find_splits(self, x: Tensor) -> None:
+        checks.warn_of_range(x)
+        self.record(x)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        found = self.record(noise)
+        self.call_names = found.call_names
+        self._bytes_per_pixel = found.size / x.numel()
+        self._splits = tuple(self._choose(self, found, noise))
+
+
+def _named(wanted: str | Sequence[str], network: SplitNetwork, found: RecordedNetwork, x: Tensor) -> Sequence[Split]:
+    return found.splits(wanted, default="all")
