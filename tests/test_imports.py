@@ -15,7 +15,7 @@ ALLOWED = {
     "engine": ("engine.",),
     "detectors": ("detectors.", "engine."),
     "runs": ("runs.",),
-    "plugin": ("plugin.", "runs.", "startup.", "detectors.info."),
+    "plugin": ("plugin.", "runs.", "startup.", "detectors.info.", "moved."),
 }
 
 
