@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import runpy
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +61,13 @@ def test_the_table_of_detectors_is_that_of_the_registry() -> None:
     table = runpy.run_path(str(ROOT / "docs/hooks/detector_table.py"))["table"]
     own = [info for name, info in registry.infos().items() if name in registry.DETECTORS]
     assert table(own) in (ROOT / "docs/detectors.md").read_text(encoding="utf-8")
+
+
+def test_a_detector_from_outside_has_a_row_of_that_table() -> None:
+    about = {"name": "mine", "label": "Mine", "title": "T", "url": "https://a.b", "venue": "V", "year": 2026}
+    table = runpy.run_path(str(ROOT / "docs/hooks/detector_table.py"))["table"]
+    row = "| `mine` | Mine | [T](https://a.b), V 2026 | training images |"
+    assert table([SimpleNamespace(**about, needs="training images")]).splitlines()[-1] == row
 
 
 #: Names in the documents' tables of results that are not those of the results' files in small letters.
