@@ -19,10 +19,12 @@ HEAD = "| name | detector | published | needs, beside the network |\n|---|---|--
 
 def table(infos: Iterable[DetectorInfo]) -> str:
     """A Markdown table with a row for each detector."""
-    return HEAD + "".join(
-        f"| `{info.name}` | {info.label} | [{info.title}]({info.url}), {info.venue} {info.year or ''} | {info.needs} |\n"
-        for info in infos
-    )
+    return HEAD + "".join(map(_row, infos))
+
+
+def _row(info: DetectorInfo) -> str:
+    published = f"[{info.title}]({info.url}), {info.venue} {info.year or ''}".strip()
+    return f"| `{info.name}` | {info.label} | {published} | {info.needs} |\n"
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
