@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.detectors.sandi.losses import Loss, Objective, Plan
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.tape import Site
 from openood_sandi.engine.twin import Snapshot
-from openood_sandi.engine.walk import Observer
+from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
 
 __all__ = ["PlainWalk", "walk_plain"]
 
@@ -40,30 +39,29 @@ class PlainWalk:
     cut_off: tuple[Site, ...]
 
 
-def walk_plain(
-    net: nn.Module, x: Tensor, sites: Sequence[Site], feature: Site | None, plan: Plan, attack: Attack,
-    observer: Observer,
-) -> PlainWalk:  # fmt: skip
+def walk_plain(net: nn.Module, x: Tensor, sites: Sequence[Site], walk: Walk, observer: Observer) -> PlainWalk:
     """Walks the paths of all ``sites`` on images ``x`` (B, C, H, W), as ``walk_splits`` does.
 
     Args:
         net: a network in eval mode, best a twin. What its forward writes into buffers and attributes is undone before
             every pass and at the end, so each pass starts from the same state.
-        sites: the splits, each the output of a module's call; F's site included where ``plan`` has an objective for it.
-        feature: F's site, where ``plan`` asks for F.
-        plan: makes the objectives from the clean logits and F; every site needs one.
+        x: images (B, C, H, W).
+        sites: the splits, each the output of a module's call; F's site included where the losses have an objective for
+            it. Every site needs one.
+        walk: losses and steps; its input ascent is not for here.
+        observer: takes in gradients, directions and motions. There are no calls to be told of.
 
     Raises:
         ReplayError: a site is no module's output, is not reached, or does not hold a floating-point tensor; or it lies
             in a checkpoint that calls its module again, more than once.
     """
-    for site in (*sites, *([] if feature is None else [feature])):
+    for site in (*sites, *([] if walk.feature is None else [walk.feature])):
         _require_module(site)
-    walker = _Walker(net, x, feature)
+    walker = _Walker(net, x, walk.feature)
     with torch.inference_mode(False), torch.enable_grad(), walker.state_kept():
         logits, value = walker.clean()
-        objectives = plan(logits, value)
-        cut_off = [site for site in sites if not _walk_one(walker, site, objectives[site], attack, observer)]
+        objectives = walk.losses(logits, value)
+        cut_off = [site for site in sites if not _walk_one(walker, site, objectives[site], walk.attack, observer)]
     return PlainWalk(logits.detach(), tuple(cut_off))
 
 
@@ -73,7 +71,7 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
     z: Tensor | None = None
     depends = False
     for i in range(1, attack.steps + 1):
-        steps = i < attack.steps or observer.motion is not None
+        steps = i < attack.steps or observer.wants_motion
         wanted = (objective.attribution, objective.ascent if steps else None)
         losses = list(dict.fromkeys(loss for loss in wanted if loss is not None))
         leaf, found = walker.gradients(site, z, losses)
@@ -86,8 +84,11 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
             observer.gradient(site, gradients[objective.attribution])
         if steps:
             origin = leaf if origin is None else origin
-            z = attack.advance(leaf, origin, gradients[objective.ascent].sign())
-            if observer.motion is not None:
+            sign = gradients[objective.ascent].sign()
+            if i == 1 and not observer.direction(site, sign):
+                break
+            z = attack.advance(leaf, origin, sign)
+            if observer.wants_motion:
                 observer.motion(site, z - leaf)
     return depends
 

@@ -171,7 +171,7 @@ class RecordedNetwork:
         return [
             self._module_split(layer)
             for layer in norms
-            if isinstance(layer.output, Tensor) and self._pass.depends_on_images(layer.output)
+            if isinstance(layer.output, Tensor) and self._depends_on_images(layer.site, layer.output)
         ]
 
     def _activations(self) -> list[Split]:
@@ -247,8 +247,18 @@ class RecordedNetwork:
 
     # ------------------------------------------------------------------ dimensions
 
+    def _depends_on_images(self, site: Site, tensor: Tensor) -> bool:
+        """Whether the calls show it, or, where they hide it as a scripted function does, the number of rows."""
+        if self._pass.depends_on_images(tensor) or self._with_another is None:
+            return self._pass.depends_on_images(tensor)
+        try:
+            more = self._with_another.at(site)[1]
+        except (StopIteration, IndexError):
+            return False
+        return isinstance(more, Tensor) and more.shape != tensor.shape
+
     def _split(self, site: Site, tensor: Tensor, module: nn.Module | None) -> Split:
-        if not self._pass.depends_on_images(tensor):
+        if not self._depends_on_images(site, tensor):
             raise ValueError(f"split point {site.name!r} does not depend on the images; name one that does")
         rows = self._rows(site, tensor)
         axis = self._channel_axis(site, tensor, module, rows.axis)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openood_sandi.detectors.sandi.losses import channel_average_plan, logits_plan
+from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.plain import PlainWalk, walk_plain
 from openood_sandi.engine.splits import Split
 from openood_sandi.engine.tape import Site
 from openood_sandi.engine.twin import Twin
+from openood_sandi.engine.walk import Observer, Walk
 from tests.helpers import cases, networks
 from tests.helpers.cases import Case, prepared
 from tests.helpers.oracle import Options, Reference
@@ -28,20 +29,19 @@ ATTACK = Attack(steps=2, step_size=0.01)
 OPTIONS = Options("Z", steps=2, step_size=0.01)
 
 
-class Recorder:
+class Recorder(Observer):
     """Keeps what it is told: {site name: [g_1, g_2, ...]}, and the motions likewise."""
 
     def __init__(self, moves: bool = False) -> None:
         self.gradients: dict[str, list[Tensor]] = {}
         self.motions: dict[str, list[Tensor]] = {}
-        self.moves = moves
+        self.wants_motion = moves
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
         self.gradients.setdefault(site.name, []).append(gradient)
 
-    @property
-    def motion(self) -> Callable[[Site, Tensor], None] | None:
-        return (lambda site, dz: self.motions.setdefault(site.name, []).append(dz)) if self.moves else None
+    def motion(self, site: Site, offset: Tensor) -> None:
+        self.motions.setdefault(site.name, []).append(offset)
 
 
 def site(name: str) -> Site:
@@ -52,9 +52,9 @@ def site(name: str) -> Site:
 def walk(net: nn.Module, x: Tensor, names: Any, *, moves: bool = False) -> tuple[PlainWalk, Recorder]:
     """The plain walk of the twin of ``net``, Z's losses at the splits of these names."""
     splits = [Split(site(name), 1) for name in names]
-    plan, recorder = logits_plan(splits, "max_logit", "cross_entropy"), Recorder(moves)
+    plan, recorder = LogitsPlan(splits, "max_logit", "cross_entropy"), Recorder(moves)
     with Twin(net).use() as twin:
-        return walk_plain(twin, x, [split.site for split in splits], None, plan, ATTACK, recorder), recorder
+        return walk_plain(twin, x, [split.site for split in splits], Walk(plan, ATTACK), recorder), recorder
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -96,7 +96,7 @@ def test_channel_averages(name: str, ascent: str) -> None:
     splits = [Split(site(name), naive.paths[name].channel_dim) for name in names]
     plan, recorder = channel_average_plan(splits, of_feature, ascent, 0.9, "channels"), Recorder()
     sites = [split.site for split in (*splits, of_feature)]
-    walk_plain(net, x, sites, of_feature.site, plan, ATTACK, recorder)
+    walk_plain(net, x, sites, Walk(plan, ATTACK, of_feature.site), recorder)
     for name in names:
         assert_close(recorder.gradients[name], naive.paths[name].gradients)
     assert_close(recorder.gradients[case.feature], naive.feature_path.gradients)
@@ -251,9 +251,9 @@ def test_splits_without_gradients_are_reported() -> None:
 )
 def test_sites_that_cannot_be_are_refused_by_name(wrong: Site, message: str) -> None:
     net, x = prepared(Block)
-    plan = logits_plan([Split(wrong, 1)], "max_logit", "cross_entropy")
+    plan = LogitsPlan([Split(wrong, 1)], "max_logit", "cross_entropy")
     with pytest.raises(ReplayError, match=message):
-        walk_plain(net, x, [wrong], None, plan, ATTACK, Recorder())
+        walk_plain(net, x, [wrong], Walk(plan, ATTACK), Recorder())
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def test_gradients_of_the_callers_parameters_are_left_alone() -> None:
     net.requires_grad_(True)
     net(x).sum().backward()
     before, recorder = surroundings(net, x), Recorder()
-    plan = logits_plan([Split(site(name), 1) for name in SPLITS], "max_logit", "cross_entropy")
-    walk_plain(net, x, [site(name) for name in SPLITS], None, plan, ATTACK, recorder)
+    plan = LogitsPlan([Split(site(name), 1) for name in SPLITS], "max_logit", "cross_entropy")
+    walk_plain(net, x, [site(name) for name in SPLITS], Walk(plan, ATTACK), recorder)
     assert surroundings(net, x) == before
     for name in SPLITS:
         assert_close(recorder.gradients[name], expected.gradients[name])
