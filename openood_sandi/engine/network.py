@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.engine import checks
+from openood_sandi.engine import checks, lanes
 from openood_sandi.engine.agreement import disagreement
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
@@ -151,6 +151,8 @@ class SplitNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""
         with torch.no_grad():
             plain = self._running(x.clone())  # some networks write into their images
+        if isinstance(plain, Tensor) and len(x) == 1:
+            plain = lanes.as_batch(plain)
         checks.require_logits(plain)
         self.classes = plain.shape[1]
         found, recorded = record_network(self._running, x)

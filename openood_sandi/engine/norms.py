@@ -32,6 +32,11 @@ def is_normalisation(layer: Layer) -> bool:
     return bool(_NAMED.search(type(module).__name__)) and vectors and len(owned) == len(list(module.parameters()))
 
 
+def normalises_second(module: nn.Module) -> bool:
+    """Whether the layer's channels are dimension 1, whatever the other dimensions are."""
+    return isinstance(module, _CHANNELS_SECOND)
+
+
 def channels_of(module: nn.Module) -> int | None:
     """How many channels a normalisation layer has; None where nothing it holds tells."""
     if isinstance(module, nn.modules.batchnorm._NormBase):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.axes import ChannelAxes, Rows, batch_rows, usual_channel_axis
 from openood_sandi.engine.maps import last_map
-from openood_sandi.engine.norms import channels_of, is_normalisation
+from openood_sandi.engine.norms import channels_of, is_normalisation, normalises_second
 from openood_sandi.engine.passes import Layer, Pass, record_pass
 from openood_sandi.engine.stages import Point, last_group, last_stage
 from openood_sandi.engine.tape import Site
@@ -293,6 +293,8 @@ class RecordedNetwork:
         channels = None if module is None else channels_of(module)
         if channels is None or (carried is not None and tensor.shape[carried] == channels):
             return usual_channel_axis(tensor.dim()) if carried is None else carried
+        if module is not None and normalises_second(module):
+            return 1
         fitting = [axis for axis, length in enumerate(tensor.shape) if length == channels and axis != batch_axis]
         if len(fitting) == 1:
             return fitting[0]

@@ -191,9 +191,12 @@ class Tape(TorchFunctionMode):
         self._names, self._position, self._changed = [], 0, False
         self._regions = Regions()
         visits: Counter[str] = Counter()
+        thread = threading.get_ident()
 
         def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
             def fire(module: nn.Module, args: Any, output: Any) -> Any:
+                if threading.get_ident() != thread:  # a network without a twin may be somebody else's as well
+                    return None
                 visits[name] += 1
                 site = self._at_module.get((name, visits[name]))
                 if site is None:

@@ -17,7 +17,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
-from openood_sandi.engine.hooks import tame
+        tame(self.net)
+from openood_sandi.engine.memory import is_out_of_memory
 
 __all__ = ["Snapshot", "Twin", "in_this_thread"]
 
@@ -100,12 +101,13 @@ class Twin:
                 with _turn(self.net, self._why):
                     yield module
                 return
-            before = self._weights()
+            parameters = self._copied.parameters
+            before = _versions(parameters)
             try:
                 yield module
             finally:
                 self._clean_up(self._copied)
-            if before != self._weights() and not self._warned:
+            if before != _versions(parameters) and not self._warned:
                 self._warned = True
                 _log.warning("the network's weights were updated while it scored a batch: the scores mix old and new")
 
@@ -126,6 +128,8 @@ class Twin:
                 try:
                     self._copied = _Copied(self.net, original)
                 except Exception as error:  # whatever an object's own way of being copied raises
+                    if is_out_of_memory(error):
+                        raise
                     self._why = f"it cannot be copied ({type(error).__name__}: {error})"
             self._original = original
             if original.unchanged():
@@ -140,10 +144,6 @@ class Twin:
         copied.contents.restore()
         if not copied.contents.unchanged():  # a parameter's .data
             self._original = self._copied = None
-
-    def _weights(self) -> list[int | None]:
-        with torch._C.DisableTorchFunction():
-            return [version(parameter) for parameter in self._copied.parameters] if self._copied else []
 
 
 class _Copied:
@@ -178,6 +178,11 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     alias = nn.Parameter(data, requires_grad=False)
     vars(alias).update(vars(parameter))
     return alias
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    with torch._C.DisableTorchFunction():
+        return list(map(version, tensors))
 
 
 def _scripted_pairs(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -217,7 +222,7 @@ def _turn(net: nn.Module, why: str) -> Iterator[None]:
     problem = ""
     if any(parameter.is_inference() for parameter in net.parameters()):
         problem = "its weights were made under torch.inference_mode(), which keeps them from gradients"
-    elif any("_compiled_call_impl" in vars(module) for module in net.modules()):
+    elif any(vars(module).get("_compiled_call_impl") for module in net.modules()):
         problem = "net.compile() has replaced its forward, whose layers cannot be split"
     if problem:
         raise ValueError(

@@ -234,6 +234,18 @@ class FrozenBranch(Block):
         return x + y
 
 
+class Inference(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return super().forward(x)
+
+
+def test_a_forward_under_inference_mode_has_no_gradients() -> None:
+    net, x = prepared(Inference)
+    found, _ = walk(net, x, SPLITS)
+    assert [site.name for site in found.cut_off] == SPLITS
+
+
 def test_splits_without_gradients_are_reported() -> None:
     net, x = prepared(FrozenBranch)
     found, recorder = walk(net, x, SPLITS)

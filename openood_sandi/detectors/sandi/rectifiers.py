@@ -126,9 +126,12 @@ class _Graph:
         Raises:
             _Unreadable: a call is of another kind than those named at the top, or leaves some of its input out.
         """
-        images = len(self.calls[-1].result) if self.calls and isinstance(self.calls[-1].result, Tensor) else 0
+        rows = set()
         for position, call in self._derived():
-            if not isinstance(call.result, Tensor) or not self._is_covered(position) or len(call.result) != images:
+            if not isinstance(call.result, Tensor) or call.result.dim() < 2 or not self._is_covered(position):
+                raise _Unreadable
+            rows.add(len(call.result))
+            if len(rows) > 1:  # images folded into the batch, or something that is none of them
                 raise _Unreadable
             bounds = _bounds(call)
             if bounds is not None:
