@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
-        tame(self.net)
+from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
 
 __all__ = ["Snapshot", "Twin", "in_this_thread"]
