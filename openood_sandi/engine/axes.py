@@ -94,7 +94,7 @@ MOVES = frozenset(
     ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint", "rot90", "as_strided"),
 ) | {
     *("T.__get__", "mT.__get__", "H.__get__", "mH.__get__", "view", "view_as", "reshape", "reshape_as", "flatten"),
-    *("unflatten", "ravel", "squeeze", "unsqueeze", "unbind", "select", "stack", "__getitem__"),
+    *("unflatten", "ravel", "squeeze", "unsqueeze", "unbind", "select", "stack", "__getitem__", "contiguous", "clone"),
 }
 """Calls that only move values about: dimensions may change places even where the shape stays."""
 PRODUCTS = frozenset(
