@@ -7,6 +7,7 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -63,6 +64,7 @@ class SplitNetwork:
         """The number of logits, known after the first batch."""
         self._choose: Choice = splits if callable(splits) else partial(_named, splits)
         self._splits: tuple[Split, ...] = ()
+        self._shape = torch.Size()
         self._bytes_per_pixel = 0.0
         self._budget = MemoryBudget()
         self._twin = Twin(self.net)
@@ -84,7 +86,7 @@ class SplitNetwork:
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """The split points in call order.
+        """The split points in call order, found on the first batch, and again where the size of the images changes.
 
         Raises:
             RuntimeError: before the first batch, on which they are found.
@@ -126,7 +128,16 @@ class SplitNetwork:
             observer: takes in gradients and whatever else it asks for.
             splits: where; by default at all split points.
         """
-        sites = [split.site for split in (self.splits if splits is None else splits)]
+        splits = self.splits if splits is None else splits
+        sites = [split.site for split in splits]
+        if math.isfinite(walk.attack.epsilon):
+            for split in splits:
+                if split.batch_axis != 0 or split.fold != 1:
+                    raise ValueError(
+                        f"epsilon={walk.attack.epsilon}: Eq. 4 projects image by image, but split point {split.name!r} "
+                        "has its images in another dimension or several rows an image; name other splits, or leave "
+                        "epsilon infinite"
+                    )
         if self._plain_because and walk.input_ascent is None:
             return walk_plain(self._running, x, sites, walk, observer).logits
         tape = Tape(self._running, sites)
@@ -165,7 +176,7 @@ class SplitNetwork:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone() if x.is_inference() else x.detach()
             try:
-                if not self._splits:
+                if self._shape != x.shape[1:]:  # which dimensions are the images' can depend on their size
                     self._find_splits(next(self._budget.parts(x[:2], 2)))
                 self._require_agreement(x[:2])
                 try:
@@ -218,6 +229,7 @@ class SplitNetwork:
         self.call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
         self._splits = tuple(self._choose(self, found, noise))
+        self._shape = x.shape[1:]
 
 
 def _named(wanted: str | Sequence[str], network: SplitNetwork, found: RecordedNetwork, x: Tensor) -> Sequence[Split]:

@@ -17,6 +17,7 @@ from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine import checks
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
+from openood_sandi.engine.splits import Split
 from openood_sandi.engine.walk import Loss, Walk
 
 __all__ = ["SandI"]
@@ -101,6 +102,7 @@ class SandI:
         self._choice = VariantChoice(variant, splits, feature)
         self._network = SplitNetwork(net, splits=self._choice, memory_fraction=memory_fraction)
         self._z: Callable[[Tensor], Densities] | None = None
+        self._z_splits: Sequence[Split] = ()
         self._told_apart = False
 
     # ------------------------------------------------------------------ public
@@ -187,8 +189,8 @@ class SandI:
     def _densities(self, x: Tensor) -> Densities:
         if self._choice.feature is not None:
             return self._channel_averages(x)
-        if self._z is None:
-            self._z = self._z_densities()
+        if self._z is None or self._z_splits is not self._network.splits:
+            self._z, self._z_splits = self._z_densities(), self._network.splits
         return self._z(x)
 
     def _z_densities(self) -> Callable[[Tensor], Densities]:

@@ -48,19 +48,21 @@ class VariantChoice:
         self.feature: Split | None = None
         self.reads_few_zeros = False
         """Whether Z was asked for where there is little to read, and a warning said so."""
-        self._splits, self._wanted_feature = splits, feature
+        self._wanted = variant, splits, feature
 
     def __call__(self, network: SplitNetwork, found: RecordedNetwork, probe: Tensor) -> Sequence[Split]:
         """The split points, in call order, from a pass over the noise images ``probe`` (b, C, H, W)."""
-        if self.variant == "A" or (self.variant == "auto" and network.classes > _MOST_CLASSES_OF_Z):
+        wanted, names, _ = self._wanted
+        self.feature = None
+        if wanted == "A" or (wanted == "auto" and network.classes > _MOST_CLASSES_OF_Z):
             splits = self._for_a(found)
         else:
-            splits = found.splits(self._splits, default="all")
+            splits = found.splits(names, default="all")
             share = _share_with_zeros(network, splits, probe)
-            if self.variant == "auto" and share < _SPLITS_WITH_ZEROS:
+            if wanted == "auto" and share < _SPLITS_WITH_ZEROS:
                 splits = self._for_a(found)
                 _log.info('variant="auto" is A: %.0f %% of the split points have zero gradients to read', 100 * share)
-            elif share < _SPLITS_WITH_ZEROS:
+            elif share < _SPLITS_WITH_ZEROS and not self.reads_few_zeros:
                 self.reads_few_zeros = True
                 _log.warning(
                     'variant="Z" reads exact zeros of gradients, and only %.0f %% of the split points of this network '
@@ -73,8 +75,9 @@ class VariantChoice:
         return splits
 
     def _for_a(self, found: RecordedNetwork) -> Sequence[Split]:
-        self.feature = found.feature(self._wanted_feature)
-        return found.before(self.feature, found.splits(self._splits, default="last_stage"), self._splits)
+        _, names, feature = self._wanted
+        self.feature = found.feature(feature)
+        return found.before(self.feature, found.splits(names, default="last_stage"), names)
 
 
 class _Zeros(Observer):
