@@ -218,8 +218,8 @@ def require_logits(output: object) -> None:
         raise ReplayError(f"the network returns {what}, expected logits (B, classes); wrap it so that it returns those")
     if output.shape[1] < 2:
         raise ValueError(
-            "the network returns one logit for each image, expected logits of two classes or more: with one class there "
-            "is no cross-entropy to ascend; wrap a binary classifier so that it returns a logit for each class"
+            "the network returns one logit for each image, expected logits of two classes or more: with one class "
+            "there is no cross-entropy to ascend; wrap a binary classifier so that it returns a logit for each class"
         )
 
 

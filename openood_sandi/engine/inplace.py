@@ -14,31 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openood_sandi.engine import writes
 from openood_sandi.engine.errors import ReplayError
 
-__all__ = ["Overwritten", "name_out_of_place", "out_of_place", "set_item"]
+__all__ = ["Overwritten", "name_out_of_place", "out_of_place"]
 
 _IN_PLACE = re.compile(r"[a-z0-9]\w*[a-z0-9]_|[a-z0-9]_")
 _IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|div|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)__")
 
 
-def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    changed = tensor.clone()
-    changed[index] = value
-    return changed
-
-
-def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.expand_as(tensor).to(tensor.dtype, copy=True)
-
-
 _TWINS: dict[str, Callable[..., Any]] = {
-    "__setitem__": set_item,
-    "copy_": _copy,
+    "__setitem__": writes.set_item,
+    "index_put_": writes.index_put,
+    "copy_": writes.copy,
+    "fill_": writes.fill,
     "zero_": torch.zeros_like,
-    "fill_": torch.full_like,
     "detach_": Tensor.detach,
 }
+# Comparisons in place leave numbers where their twins give Booleans.
+_GIVES_BOOLEANS = re.compile(r"(eq|ne|lt|le|gt|ge|less|greater|less_equal|greater_equal|not_equal|logical_\w+)_")
+_HARMLESS_ATTRIBUTES = frozenset(("requires_grad", "grad", "_grad", "names", "_backward_hooks"))
 _NOT_DATA = frozenset(("requires_grad_", "share_memory_"))
 
 
@@ -53,23 +48,52 @@ def out_of_place(
     name = getattr(func, "__name__", "")
     if kwargs.get("inplace") is True:
         return func, args, {**kwargs, "inplace": False}, args[0] if args else kwargs["input"]
+    if kwargs.get("out") is not None:
+        return _without_out(func, args, kwargs)
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__set__" else "grad"
+    if attribute not in _HARMLESS_ATTRIBUTES:
+        raise _no_twin(f".{attribute} = ...", "compute a new tensor instead")
+    if name.startswith("_foreach_") and name.endswith("_"):
+        raise _no_twin(name, "change one tensor after the other, out of place,")
     twin = _TWINS.get(name)
     if twin is None and name not in _NOT_DATA:
         if _IN_PLACE_OPERATOR.fullmatch(name):
             twin = getattr(Tensor, "__" + name[3:], None)
         elif _IN_PLACE.fullmatch(name):
-            twin = next((getattr(s, name[:-1]) for s in (Tensor, F, torch) if hasattr(s, name[:-1])), None)
+            found = (getattr(space, name[:-1], None) for space in (Tensor, F, torch))
+            twin = next((function for function in found if callable(function)), None)
             if twin is None:
-                raise ReplayError(
-                    f"the network calls {name!r}, which changes a tensor in place and has no out-of-place twin; "
-                    f"write it without the trailing underscore in the network's forward"
-                )
+                raise _no_twin(name, "write it without the trailing underscore")
     if twin is None:
         return func, args, kwargs, None
     target = args[0] if args else kwargs["input"]
-    if any(isinstance(arg, Tensor) and arg.dtype != target.dtype for arg in args[1:]):
+    if twin not in _TWINS.values() and (_GIVES_BOOLEANS.fullmatch(name) or _promotes(target, args, kwargs)):
         twin = _keeping_dtype(twin, target.dtype)
     return twin, args, kwargs, target
+
+
+def _without_out(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor]:
+    """A call that would have filled the tensor ``out``."""
+    out = kwargs["out"]
+    if not isinstance(out, Tensor):
+        raise _no_twin(f"{getattr(func, '__name__', func)}(out=...)", "leave out= away")
+    kept = {key: value for key, value in kwargs.items() if key != "out"}
+    return (_keeping_dtype(func, out.dtype) if _promotes(out, args, kept) else func), args, kept, out
+
+
+def _no_twin(name: str, remedy: str) -> ReplayError:
+    return ReplayError(
+        f"the network calls {name!r}, which changes a tensor in place and has no out-of-place twin; "
+        f"{remedy} in the network's forward"
+    )
+
+
+def _promotes(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the other operands could give an out-of-place result of another dtype than the target's."""
+    dtypes = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+    return any(torch.promote_types(target.dtype, dtype) != target.dtype for dtype in dtypes)
 
 
 @functools.cache
@@ -111,7 +135,7 @@ class Overwritten:
         for tensor in tensors:
             for target, result in self._written.get(tensor.untyped_storage().data_ptr(), ()):
                 # x[i] += y is three calls: v = x[i]; v += y; x[i] = v. The last one completes x.
-                completes = func is set_item and tensor is args[0] and args[2] is result
+                completes = func is writes.set_item and tensor is args[0] and args[2] is result
                 if not completes and _overlap(target, tensor):
                     raise ReplayError(
                         f"the network changes a tensor of shape {tuple(target.shape)} in place and then uses another "

@@ -1,4 +1,4 @@
-"""Tensors that carry several perturbed copies ("lanes") of one clean tensor, and torch calls on them.
+"""Tensors that carry several perturbed copies ("lanes") of one clean tensor.
 
 A lane tensor has shape ``(lanes, *clean.shape)``. Lane ``i`` holds what the tensor would be had split ``i`` alone been
 perturbed. Operands that a perturbation never reached are ordinary tensors; an operand reached by fewer lanes than
@@ -9,15 +9,17 @@ dimension it sees is the clean one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Lanes", "call", "find", "join", "lanes_of", "map_tensors", "spread", "tensors_in", "widen"]
+__all__ = [
+    *("Lanes", "align", "as_batch", "constant", "find", "join", "lanes_of", "map_tensors", "one_by_one", "spread"),
+    *("tag", "tensors_in", "union", "widen"),
+]
 
 
 class Lanes(NamedTuple):
@@ -35,7 +37,7 @@ def lanes_of(tensor: Tensor) -> Lanes | None:
 
 
 def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) -> Any:
-    """``tree`` with every tensor (or ``leaf``) in its tuples, lists and dicts replaced by ``function(tensor)``."""
+    """``tree`` with every tensor (or ``leaf``) in tuples, lists, dicts and slices replaced by ``function(tensor)``."""
     if isinstance(tree, leaf):
         return function(tree)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
@@ -43,11 +45,13 @@ def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) 
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, dict):
         return {key: map_tensors(item, function, leaf) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(map_tensors(item, function, leaf) for item in (tree.start, tree.stop, tree.step)))
     return tree
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in the tuples, lists and dicts of ``tree``."""
+    """The tensors in the tuples, lists, dicts and slices of ``tree``."""
     found: list[Tensor] = []
     map_tensors(tree, found.append)
     return found
@@ -58,13 +62,37 @@ def find(tree: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(tree) if lanes_of(tensor) is not None]
 
 
-def _tag(tree: Any, ids: tuple[int, ...], clean: Any) -> None:
-    """Marks every tensor of a call's result as lanes ``ids`` of the recorded result ``clean``."""
-    if isinstance(tree, Tensor):
-        tree._sandi_lanes = Lanes(ids, clean)  # type: ignore[attr-defined]
-    elif isinstance(tree, (tuple, list)):
-        for item, clean_item in zip(tree, clean, strict=True):
-            _tag(item, ids, clean_item)
+def tag(result: Any, ids: tuple[int, ...], clean: Any) -> None:
+    """Marks every tensor of a call's ``result`` as lanes ``ids`` of the recorded result ``clean``.
+
+    Raises:
+        ValueError: they are not ``len(ids)`` copies of the form that the recorded ones have.
+    """
+    if isinstance(clean, Tensor):
+        expected = (len(ids), *clean.shape)
+        if not isinstance(result, Tensor) or result.shape != expected or result.dtype != clean.dtype:
+            raise ValueError(f"gives {_form(result)} where {len(ids)} copies of {_form(clean)} were due")
+        result._sandi_lanes = Lanes(ids, clean)  # type: ignore[attr-defined]
+    elif isinstance(clean, (tuple, list)):
+        for item, clean_item in zip(result, clean, strict=True):
+            tag(item, ids, clean_item)
+    elif isinstance(clean, dict):
+        for key, clean_item in clean.items():
+            tag(result[key], ids, clean_item)
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The same values, lanes included, without a gradient."""
+    lanes, detached = lanes_of(tensor), tensor.detach()
+    if lanes is not None:
+        tag(detached, *lanes)
+    return detached
 
 
 def widen(tensor: Tensor, ids: tuple[int, ...]) -> Tensor:
@@ -94,10 +122,10 @@ def join(tensor: Tensor, lane: int, value: Tensor) -> Tensor:
     lanes = lanes_of(tensor)
     if lanes is None:
         joined = value.unsqueeze(0)
-        _tag(joined, (lane,), tensor)
+        tag(joined, (lane,), tensor)
     else:
         joined = torch.cat([tensor, value.unsqueeze(0)])
-        _tag(joined, (*lanes.ids, lane), lanes.clean)
+        tag(joined, (*lanes.ids, lane), lanes.clean)
     return joined
 
 
@@ -105,130 +133,42 @@ def spread(tensor: Tensor, like: Iterable[Tensor]) -> Tensor:
     """A clean ``tensor`` as lanes of equal value, one for each lane of the tensors in ``like``."""
     if lanes_of(tensor) is not None:
         return tensor
-    ids = _union(like)
+    ids = union(like)
     spread_out = widen(tensor, ids)
-    _tag(spread_out, ids, tensor)
+    tag(spread_out, ids, tensor)
     return spread_out
 
 
-def _union(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+def union(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """Every lane that any of the tensors has, ascending."""
     return tuple(sorted({lane for tensor in tensors for lane in (lanes_of(tensor) or ((),))[0]}))
 
 
-def _functions(*names: str) -> frozenset[Callable[..., Any]]:
-    """Every function called one of ``names`` in torch's namespaces."""
-    spaces = (torch, F, Tensor, torch._C._nn)
-    return frozenset(getattr(space, name) for name in names for space in spaces if hasattr(space, name))
+def align(tensor: Tensor, ids: tuple[int, ...], rank: int) -> Tensor:
+    """A lane tensor with the lanes ``ids`` and ``rank`` dimensions behind them, so that it broadcasts as ever."""
+    wide = widen(tensor, ids)
+    missing = rank + 1 - wide.dim()
+    return wide.reshape(len(ids), *(1,) * missing, *wide.shape[1:]) if missing else wide
 
 
-# Element-wise in one tensor, or over trailing dimensions alone: a further leading dimension changes nothing.
-_UNARY = _functions(
-    *("relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "leaky_relu", "hardtanh"),
-    *(
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "logsigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "neg",
-        "square",
-        "clamp",
-    ),
-    *("clamp_min", "clamp_max", "clip", "dropout", "feature_dropout", "contiguous", "linear", "layer_norm", "clone"),
-)
-# Element-wise in two tensors: right-aligned broadcasting skips the lanes while all lane operands have equal rank.
-_BINARY = _functions(
-    *("add", "sub", "mul", "div", "true_divide", "maximum", "minimum", "__add__", "__radd__", "__sub__", "__rsub__"),
-    *("__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
-)
-# Dimension 0 of the first argument is the batch (or, unbatched, channels treated alike): lanes fold into it.
-# The value is the rank from which that holds.
-_FOLD = {
-    function: rank
-    for rank, names in {
-        2: ("batch_norm", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "group_norm"),
-        3: ("conv1d", "conv_transpose1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
-        4: ("conv2d", "conv_transpose2d", "local_response_norm", "pixel_shuffle", "interpolate"),
-        5: ("conv3d", "conv_transpose3d"),
-    }.items()
-    for function in _functions(*names)
-}
+def as_batch(tensor: Tensor) -> Tensor:
+    """Logits of one image as (1, classes), also where the network has squeezed that dimension away."""
+    lanes = lanes_of(tensor)
+    if lanes is None:
+        return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+    if lanes.clean.dim() != 1:
+        return tensor
+    batch = tensor.unsqueeze(1)
+    tag(batch, lanes.ids, lanes.clean.unsqueeze(0))
+    return batch
 
 
-def _positional(args: Iterable[Any]) -> list[Tensor]:
-    return [item for item in args if isinstance(item, Tensor)]
+def one_by_one(tree: Any) -> Iterator[Any]:
+    """For each lane of the lane tensors in ``tree``, the tree with their values in that lane, without gradients."""
+    ids = union(find(tree))
 
+    def in_lane(number: int, tensor: Tensor) -> Tensor:
+        return tensor if lanes_of(tensor) is None else widen(tensor, ids)[number].detach()
 
-def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
-    """The result of ``func(*args, **kwargs)`` for every lane of its lane arguments, as lane tensors.
-
-    ``clean`` is the recorded result of the same call. The three shortcuts are a matter of speed only; whatever they
-    do not cover runs through ``torch.vmap``.
-    """
-    perturbed = find(args) + find(list(kwargs.values()))
-    ids = _union(perturbed)
-
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor if lanes_of(tensor) is None else widen(tensor, ids)
-
-    first_only = len(perturbed) == 1 and bool(args) and args[0] is perturbed[0]
-    rank = perturbed[0].dim() - 1
-    if func in _UNARY and first_only:
-        result = func(wide(args[0]), *args[1:], **kwargs)
-    elif (
-        func in _BINARY
-        and len({t.dim() for t in perturbed}) == 1
-        and all(t.dim() <= rank or lanes_of(t) is not None for t in _positional(args))
-    ):
-        result = func(*map_tensors(args, wide), **kwargs)
-    elif func in _FOLD and first_only and rank >= _FOLD[func]:
-        folded = func(wide(args[0]).flatten(0, 1), *args[1:], **kwargs)
-        result = map_tensors(folded, lambda t: t.unflatten(0, (len(ids), -1)))
-    elif func in (torch.cat, torch.concat) and isinstance(clean, Tensor) and _axis(args, kwargs, rank) > 0:
-        tensors = args[0] if args else kwargs["tensors"]
-        result = torch.cat([widen(t, ids) for t in tensors], _axis(args, kwargs, rank) + 1)
-    else:
-        result = _vmap(func, args, kwargs, ids, clean)
-    _tag(result, ids, clean)
-    return result
-
-
-def _axis(args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> int:
-    """The non-negative dimension that a ``torch.cat`` of tensors of this rank joins along."""
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    return dim % rank if isinstance(dim, int) and rank else 0
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Holds the place of the lane argument ``index`` in a call's arguments."""
-
-    index: int
-
-
-def _vmap(func: Callable[..., Any], args: Any, kwargs: Any, ids: tuple[int, ...], clean: Any) -> Any:
-    """Any call at all, one lane at a time as far as ``func`` can tell."""
-    inputs: list[Tensor] = []
-
-    def take(tensor: Tensor) -> Tensor | _Slot:
-        if lanes_of(tensor) is None:
-            return tensor
-        inputs.append(widen(tensor, ids))
-        return _Slot(len(inputs) - 1)
-
-    slots = map_tensors((args, kwargs), take)
-
-    def one_lane(*lane: Tensor) -> tuple[Tensor, ...]:
-        lane_args, lane_kwargs = map_tensors(slots, lambda slot: lane[slot.index], _Slot)
-        outputs: list[Tensor] = []  # vmap returns tensors alone; a result may also hold None or numbers
-        map_tensors(func(*lane_args, **lane_kwargs), outputs.append)
-        return tuple(outputs)
-
-    outputs = iter(torch.vmap(one_lane)(*inputs))
-    return map_tensors(clean, lambda _: next(outputs))
+    for number in range(len(ids)):
+        yield map_tensors(tree, partial(in_lane, number))

@@ -7,7 +7,6 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -19,9 +18,10 @@ from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from openood_sandi.engine.tape import Tape
+from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
-__all__ = ["Choice", "SplitNetwork", "frozen"]
+__all__ = ["Choice", "SplitNetwork"]
 
 T = TypeVar("T")
 
@@ -60,6 +60,10 @@ class SplitNetwork:
         self._splits: tuple[Split, ...] = ()
         self._bytes_per_pixel = 0.0
         self._budget = MemoryBudget()
+        self._twin = Twin(self.net)
+        self._running: nn.Module = self.net
+        """What passes are made over: the twin, while a batch is worked on."""
+        self._made = 0
 
     @property
     def is_split(self) -> bool:
@@ -94,7 +98,10 @@ class SplitNetwork:
         """
         checks.require_images(x)
         checks.require_eval(self.net)
-        return self._budget.fit(lambda: self._in_parts(x, work), x)
+        with self._twin.use() as module:  # one thread at a time
+            if module is not self._running:
+                self._running, self._made = module, self._made + 1
+            return self._budget.fit(lambda: self._in_parts(x, work), x)
 
     def walk(self, x: Tensor, walk: Walk, observer: Observer, splits: Sequence[Split] | None = None) -> Tensor:
         """Walks the paths from ``x`` (B, C, H, W), tells the observer, and returns the clean logits (B, classes).
@@ -108,7 +115,7 @@ class SplitNetwork:
             splits: where; by default at all split points.
         """
         sites = [split.site for split in (self.splits if splits is None else splits)]
-        tape = Tape(self.net, sites)
+        tape = Tape(self._running, sites)
         if walk.input_ascent is None:
             logits = walk_splits(tape, x, walk, observer, self._budget)
         else:
@@ -124,22 +131,22 @@ class SplitNetwork:
     def weights_version(self) -> tuple[int, ...]:
         """A number for each parameter and buffer, which an in-place change raises."""
         tensors = (*self.net.parameters(), *self.net.buffers())
-        return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+        return self._made, *(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""
-        found, recorded = record_network(self.net, x)
         with torch.no_grad():
-            plain = self.net(x)
+            plain = self._running(x.clone())  # some networks write into their images
         checks.require_logits(plain)
         self.classes = plain.shape[1]
+        found, recorded = record_network(self._running, x)
         checks.require_same(plain, recorded)
         return found
 
     # ------------------------------------------------------------------ a batch
 
     def _in_parts(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
-        with frozen(self.net), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             x = x.clone() if x.is_inference() else x.detach()
             try:
                 if not self._splits:
@@ -147,7 +154,7 @@ class SplitNetwork:
                 return [work(part) for part in self._cut(x)]
             except Exception as error:
                 if not isinstance(error, ReplayError) and not is_out_of_memory(error):
-                    checks.require_accepted(self.net, x)
+                    checks.require_accepted(self._running, x)
                 raise
 
     def _cut(self, x: Tensor) -> Iterator[Tensor]:
@@ -168,16 +175,3 @@ class SplitNetwork:
 
 def _named(wanted: str | Sequence[str], network: SplitNetwork, found: RecordedNetwork, x: Tensor) -> Sequence[Split]:
     return found.splits(wanted, default="all")
-
-
-@contextmanager
-def frozen(net: nn.Module) -> Iterator[None]:
-    """The parameters require no gradients."""
-    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from openood_sandi.engine import inplace, lanes
+from openood_sandi.engine import calls, inplace, lanes, values, writes
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
+from openood_sandi.engine.no_grad import Regions
 
-__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep"]
+__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep", "running"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ def keep(site: Site, tensor: Tensor) -> Tensor:
     return tensor
 
 
+_now = threading.local()
+
+
+def running() -> Tape | None:
+    """The tape whose pass is on in this thread."""
+    return getattr(_now, "tape", None)
+
+
 class Tape(TorchFunctionMode):
     """The recorded forward pass of ``net``, with ``sites`` to tap.
 
@@ -113,6 +123,7 @@ class Tape(TorchFunctionMode):
         self._origin: dict[int, tuple[Tensor, int]] = {}
         """Tensors computed from the input and where; the tensor itself keeps its id from being reused."""
         self._overwritten = inplace.Overwritten()
+        self._regions = Regions()
 
     def record(self, x: Tensor, tap: Tap = keep) -> Tensor:
         """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
@@ -135,7 +146,7 @@ class Tape(TorchFunctionMode):
         try:
             return self._run(x.clone(), tap)
         finally:
-            self._listen, self._changed = None, False
+            self._listen = None
 
     def release_graph(self) -> None:
         """Detaches the recorded results, so that the autograd graph of the recording can be freed."""
@@ -160,6 +171,11 @@ class Tape(TorchFunctionMode):
             self._heard = None
 
     @property
+    def is_replay(self) -> bool:
+        """Whether the pass that is on repeats a recorded one."""
+        return not self._recording and self._listen is None
+
+    @property
     def call_names(self) -> tuple[str, ...]:
         """The calls of the last pass by name: equal for two passes that took the same way through the network."""
         return tuple(self._names)
@@ -172,7 +188,8 @@ class Tape(TorchFunctionMode):
 
     def _run(self, x: Tensor, tap: Tap) -> Tensor:
         self._tap = tap
-        self._names, self._position = [], 0
+        self._names, self._position, self._changed = [], 0, False
+        self._regions = Regions()
         visits: Counter[str] = Counter()
 
         def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -190,13 +207,19 @@ class Tape(TorchFunctionMode):
         try:
             for name, module in self._hooked.items():
                 handles.append(module.register_forward_hook(hook_for(name)))
-            with self:
+            _now.tape = self
+            with torch.set_grad_enabled(torch.is_grad_enabled()), self:  # the network may leave it otherwise
                 output = self.net(x)
-            return self.current(output) if isinstance(output, Tensor) else output
+            if not isinstance(output, Tensor):
+                return output  # type: ignore[no-any-return]
+            output = self.current(output)
+            return lanes.as_batch(output) if len(x) == 1 else output
         finally:
+            _now.tape = None
             for handle in handles:
                 handle.remove()
             self._replaced.clear()
+            self._regions = Regions()
             self._tap = keep
 
     def _visit(self, site: Site, output: Any) -> Tensor:
@@ -206,7 +229,9 @@ class Tape(TorchFunctionMode):
                 f"name a submodule of it that returns one tensor"
             )
         tensor = self.current(output)
-        tapped = self._tap(site, tensor)
+        with torch.set_grad_enabled(self._regions.inside or torch.is_grad_enabled()):
+            tapped = self._tap(site, tensor)
+        self._regions.visit(site.name, tensor, tapped)
         self._changed = self._changed or tapped is not tensor
         if self._recording:
             self.reached[site] = self._position
@@ -222,33 +247,40 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
-            return None  # a network that freezes some of its layers under no_grad still has gradients to attribute
+            return self._regions.switch(*args)
+        if torch.is_inference_mode_enabled():
+            raise ReplayError(
+                f"the network computes under torch.inference_mode() ({_name(func)!r}), where there are no gradients; "
+                "remove it from the network's forward, or use torch.no_grad() where only parameters are to be frozen"
+            )
+        if not self._regions.inside:
+            return self._call(func, args, kwargs or {})
+        with torch.enable_grad():
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._replaced:
-            args = lanes.map_tensors(args, self.current)
-            kwargs = lanes.map_tensors(kwargs, self.current)
+            args, kwargs = lanes.map_tensors((args, kwargs), self.current)
         self._names.append(_name_out_of_place(func))
-        tensors: list[Tensor] = []
+        followed = self._recording or self._changed or self._regions.matter
+        operands = lanes.tensors_in((args, kwargs)) if followed else []
         target = None
-        if self._listen is not None:
-            derived = self._changed and any(tensor.requires_grad for tensor in lanes.tensors_in((args, kwargs)))
-        elif self._recording:
-            tensors = lanes.tensors_in((args, kwargs))
-            derived = any(id(tensor) in self._origin for tensor in tensors)
-        else:
-            derived = self._position >= len(self.calls) or bool(self.calls[self._position].producers)
-        if derived:
+        if self._is_derived(operands):
             func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
+        if self._regions.inside:
+            args, kwargs = self._regions.entering(_name(func), target, (args, kwargs))
         if self._listen is not None:
             result = func(*args, **kwargs)
             self._listen(self._position, self._names[-1], result)
         elif self._recording:
-            result = self._record_call(func, args, kwargs, tensors)
+            result = self._record_call(func, args, kwargs, operands)
         else:
             result = self._replay_call(func, args, kwargs)
             if self._heard is not None:
                 self._heard(self._position, self._names[-1], result)
+        if self._regions.matter:
+            self._regions.follow(_name(func), operands, result)
         if target is not None and isinstance(result, Tensor) and result is not target:
             self._replaced[id(target)] = (target, result)
             if self._recording:
@@ -256,6 +288,14 @@ class Tape(TorchFunctionMode):
         site = self._at_call.get(self._position)
         self._position += 1
         return result if site is None else self._visit(site, result)
+
+    def _is_derived(self, operands: list[Tensor]) -> bool:
+        """Whether a call depends on the input, or, in a pass that is watched, on what a tap put into it."""
+        if self._listen is not None:
+            return self._changed and any(tensor.requires_grad for tensor in operands)
+        if self._recording:
+            return any(id(tensor) in self._origin for tensor in operands)
+        return self._position >= len(self.calls) or bool(self.calls[self._position].producers)
 
     def _record_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
@@ -289,40 +329,23 @@ class Tape(TorchFunctionMode):
         if not perturbed:
             return recorded.result
         if lanes.tensors_in(recorded.result):
-            if func is inplace.set_item:
+            if func is writes.set_item:
                 args = (lanes.spread(args[0], perturbed), *args[1:])
             return self._call_lanes(func, args, kwargs, recorded.result)
-        if _name(func) in _VALUES:
-            _require_unchanged(func, perturbed, recorded.result)
+        if not values.tells_of_form(_name(func)):
+            values.require_recorded(_name(func), func, args, kwargs, recorded.result)
         return recorded.result
 
     def _call_lanes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
         try:
-            return lanes.call(func, args, kwargs, clean)
-        except RuntimeError as error:
+            return calls.call(func, args, kwargs, clean)
+        except Exception as error:
             if is_out_of_memory(error):
                 raise
             raise ReplayError(
                 f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
-                f"at once ({error}); choose split points behind it"
+                f"at once ({error}); choose split points behind it, or write it with a result of one shape for them all"
             ) from error
-
-
-# Calls that turn a tensor's values into Python data, on which control flow may depend.
-_VALUES = frozenset(
-    ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose")
-)
-
-
-def _require_unchanged(func: Callable[..., Any], perturbed: Sequence[Tensor], recorded: Any) -> None:
-    """Python data taken from a perturbed tensor is right for every lane only if it is the recorded one in each."""
-    if len(perturbed) == 1 and perturbed[0][0].numel() == 1:
-        if all(func(lane) == recorded for lane in perturbed[0]):
-            return
-    raise ReplayError(
-        f"the network turns a perturbed tensor into Python data ({_name(func)}), which differs from one perturbed copy "
-        f"to the next; keep it a tensor in the network's forward, or choose split points behind that place"
-    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -142,8 +142,8 @@ def _clean_pass(tape: Tape, x: Tensor, tap: Tap, observer: Observer, kept: bool)
     logits = tape.record(x, tap)
     if tape.sites and not logits.requires_grad:
         raise ReplayError(
-            f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its forward "
-            "detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
+            f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its "
+            "forward detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
         )
     if type(observer).call is not Observer.call:
         for position, (name, call) in enumerate(zip(tape.call_names, tape.calls, strict=True)):
@@ -318,8 +318,8 @@ def _backward(
     handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]  # type: ignore[no-untyped-call]
     try:
         if value.requires_grad:
-            # To reach the roots, the backward pass goes through every other site on its way but those that are leaves.
-            ends = [*roots, *(tensor for tensor in z.values() if tensor.is_leaf)] or list(z.values())
+            # A site need not depend on the roots. Without roots, the leaves are reached through all the other sites.
+            ends = [*roots, *z.values()] if roots else [t for t in z.values() if t.is_leaf] or list(z.values())
             torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
     finally:
         for handle in handles:

@@ -180,4 +180,3 @@ def test_a_union_that_the_first_gradient_does_not_tell() -> None:
     assert_agrees(detector, naive, "union")
     first, union = naive.densities("union", 1)["5"], naive.densities("union")["5"]
     assert 0 < int((first < union).any(1).sum()) < len(x), "some of the images, not all, should be of that kind"
-    assert detector._z is not None and detector._z.gates and detector._z.forward_suffices

@@ -115,7 +115,8 @@ def test_one_bad_image_does_not_slow_down_the_others() -> None:
     detector = SandI(net, variant="Z")
     detector(spoilt)
     detector(spoilt)
-    assert detector._z is not None and len(detector._z.gates or ()) == len(detector.split_names)
+    detector(x)
+    assert detector.proved_share > 0
 
 
 # --- networks -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
-from openood_sandi.detectors.sandi.losses import channel_average_plan, logits_plan, loss_on_logits
+from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine import checks
@@ -36,9 +36,9 @@ class SandI:
     Args:
         net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through.
-        variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": as in the
-            paper Z up to 100 classes and A above, but A as well where gradients are hardly ever zero, as Z would score
-            all images alike there (:mod:`.variants`).
+        variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": as in
+            the paper Z up to 100 classes and A above, but A as well where gradients are hardly ever zero, as Z would
+            score all images alike there (:mod:`.variants`).
         splits: the split points: "all" (every normalisation layer), "last_stage" (those of the last stage), module
             names and globs such as "layer4.*", as a list or separated by commas. "name#2" is the second call of
             a module. "auto" is "all" for Z and "last_stage" for A. Networks without normalisation layers are
@@ -55,8 +55,8 @@ class SandI:
         top_over: of what: "channels" of F, by the gradient of the summed logits, as released; or "labels", by logit, as
             the paper words it: log-softmax is then summed over those labels, and F over all channels.
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
-        rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where these
-            prove them (:mod:`.rectifiers`); False computes every gradient.
+        rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where
+            these prove them (:mod:`.rectifiers`); False computes every gradient.
         memory_fraction: the share of the device's free memory that a batch's replays may plan for.
 
     Raises:
@@ -160,6 +160,12 @@ class SandI:
         """The name of A's feature map F, known after the first batch; None for Z."""
         return None if self._choice.feature is None else self._choice.feature.name
 
+    @property
+    def proved_share(self) -> float:
+        """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
+        images of A, had their gradients computed."""
+        return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+
     def __repr__(self) -> str:
         told = {**self.options, "variant": self.variant}
         if self._network.is_split:
@@ -187,7 +193,7 @@ class SandI:
 
     def _z_densities(self) -> Callable[[Tensor], Densities]:
         """What computes the densities of Z, from images (B, C, H, W)."""
-        plan = partial(logits_plan, self._network.splits)
+        plan = partial(LogitsPlan, self._network.splits)
         walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
         computed = ComputedDensities(self._network, walk, self.combine)
         # a saturated cross-entropy has g = 0 anywhere
@@ -208,7 +214,7 @@ class SandI:
     def _maps(self, x: Tensor) -> dict[str, Tensor]:
         splits = self._network.splits
         observer = AttributionMaps(splits)
-        plan = logits_plan(splits, self.attribution, self.ascent)
+        plan = LogitsPlan(splits, self.attribution, self.ascent)
         self._network.walk(x, Walk(plan, self.attack, None, self._input_ascent()), observer)
         return observer.maps()
 
@@ -228,10 +234,10 @@ class SandI:
         if bool((finite == 0).all()):
             raise ValueError(
                 "every gradient of the network is zero, so that no image can be told from another: its output is "
-                "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass the "
-                "network that returns its logits"
+                "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "
+                "the network that returns its logits"
             )
-        if len(finite) > 1 and bool((finite == finite[0]).all()):
+        if not self._choice.reads_few_zeros and len(finite) > 1 and bool((finite == finite[0]).all()):
             _log.warning(
                 "all %d images of the first batch have the same score, %.6g, so they cannot be told apart; try another "
                 "variant or other splits: %r",

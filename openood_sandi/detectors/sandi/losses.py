@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +14,34 @@ from openood_sandi.engine.splits import Split
 from openood_sandi.engine.tape import Site
 from openood_sandi.engine.walk import Loss, LossPlan, Objective
 
-__all__ = ["channel_average_plan", "logits_plan", "loss_on_logits"]
+__all__ = ["LogitsPlan", "channel_average_plan", "loss_on_logits"]
 
 
 def loss_on_logits(name: str, logits: Tensor) -> Loss:
-    """L_step, or L_attr, by its name, "max_logit" or "cross_entropy" of the predicted class; ``logits`` (B, classes) are the clean ones."""
+    """L_step, or L_attr, by its name: "max_logit", or "cross_entropy" of the class that clean ``logits`` predict."""
     return max_logit if name == "max_logit" else cross_entropy(logits.detach().argmax(1))
 
 
-def logits_plan(splits: Sequence[Split], attribution: str | None, ascent: str) -> LossPlan:
-    """The same at every split: ``attribution`` (None for no gradient) and ``ascent`` by their names."""
+@dataclass(frozen=True)
+class LogitsPlan:
+    """A loss on the logits, the same at every split.
 
-    def plan(logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
-        attributed = None if attribution is None else loss_on_logits(attribution, logits)
-        stepped = attributed if attributed is not None and ascent == attribution else loss_on_logits(ascent, logits)
-        objective = Objective(attributed, stepped)
-        return {split.site: objective for split in splits}
+    Attributes:
+        splits: the split points.
+        attribution: L_attr by its name, see :func:`loss_on_logits`; None where no gradient is attributed.
+        ascent: L_step by its name.
+    """
 
-    return plan
+    splits: Sequence[Split]
+    attribution: str | None
+    ascent: str
+
+    def __call__(self, logits: Tensor, feature: Tensor | None) -> dict[Site, Objective]:
+        ascent = loss_on_logits(self.ascent, logits)
+        attribution = None if self.attribution is None else loss_on_logits(self.attribution, logits)
+        if self.ascent == self.attribution:
+            attribution = ascent  # one backward pass for both
+        return {split.site: Objective(attribution, ascent) for split in self.splits}
 
 
 def channel_average_plan(
@@ -51,7 +62,7 @@ def channel_average_plan(
             labels = _top(logits.detach(), top_fraction)
         elif top_fraction < 1:
             channels = _top(_channel_slopes(logits, value, feature), top_fraction)
-        inner, outer = top_channels(channels, feature.channel_axis), log_softmax_sum(labels)
+        inner, outer = top_channels(channels, feature), log_softmax_sum(labels)
         if ascent == "max_logit":
             at_split, at_feature = Objective(inner, inner), Objective(outer, outer)
         else:
@@ -67,7 +78,7 @@ def _channel_slopes(logits: Tensor, value: Tensor, feature: Split) -> Tensor:
     (slope,) = torch.autograd.grad(logits.sum(), value, retain_graph=True, allow_unused=True)
     if slope is None:
         raise ValueError(f"the logits do not depend on F ({feature.name!r}); name another module as feature")
-    return slope.movedim(feature.channel_axis, 1).unsqueeze(-1).flatten(2).mean(2)
+    return feature.by_channel(slope).mean(2)
 
 
 def _top(values: Tensor, fraction: float) -> Tensor:
@@ -90,12 +101,12 @@ def cross_entropy(labels: Tensor) -> Loss:
     return loss
 
 
-def top_channels(weights: Tensor, channel_axis: int) -> Loss:
+def top_channels(weights: Tensor, at: Split) -> Loss:
     """F's mean over positions, summed over its channels with ``weights`` (B, K) of 0 or 1 (Eq. 12's numerator)."""
 
     def loss(logits: Tensor, feature: Tensor | None) -> Tensor:
         assert feature is not None
-        return (feature.movedim(channel_axis + 1, 2).unsqueeze(-1).flatten(3).mean(-1) * weights).sum()
+        return (at.by_channel(feature, lead=1).mean(-1) * weights).sum()
 
     return loss
 

@@ -87,7 +87,7 @@ class RectifiedNetwork:
 
 
 def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> RectifiedNetwork | None:
-    """The network's rectifiers, from a recorded pass; None where a pass does not tell the patterns at all ``splits``."""
+    """The network's rectifiers, from a recorded pass; None where masks do not tell the patterns at all ``splits``."""
     held = found.positions(splits)
     if len(held) < len(splits):
         return None
@@ -126,8 +126,9 @@ class _Graph:
         Raises:
             _Unreadable: a call is of another kind than those named at the top, or leaves some of its input out.
         """
+        images = len(self.calls[-1].result) if self.calls and isinstance(self.calls[-1].result, Tensor) else 0
         for position, call in self._derived():
-            if not isinstance(call.result, Tensor) or not self._is_covered(position):
+            if not isinstance(call.result, Tensor) or not self._is_covered(position) or len(call.result) != images:
                 raise _Unreadable
             bounds = _bounds(call)
             if bounds is not None:
@@ -163,7 +164,7 @@ class _Graph:
 
     def _is_linear(self, call: Call) -> bool:
         if call.name == "linear":
-            return call.result.dim() == 2
+            return bool(call.result.dim() == 2)
         return call.name == "conv2d" and _argument(call, 6, "groups", 1) == 1
 
     def _is_pool(self, position: int) -> bool:
@@ -237,7 +238,7 @@ def _winners(rectified: Tensor, pool: Call) -> Tensor:
     """Where in ``rectified`` (..., K, H, W) some window of the max-pool has its largest value."""
     options = {k: v for k, v in pool.kwargs.items() if k not in ("input", "return_indices")}
     maps = rectified.reshape(-1, *rectified.shape[-3:])
-    indices = F.max_pool2d(maps, *pool.args[1:6], **options, return_indices=True)[1]  # type: ignore[call-overload]
+    indices = F.max_pool2d(maps, *pool.args[1:6], **options, return_indices=True)[1]
     won = torch.zeros_like(maps, dtype=torch.bool).flatten(2)
     return won.scatter_(2, indices.flatten(2), True).view(rectified.shape)
 

@@ -89,7 +89,10 @@ class ReadDensity(Observer):
 
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
-        unproved = ~self._rectified.open_rows[logits.argmax(1)]
+        rows = self._rectified.open_rows
+        if not self.only_listens:  # a step may change the class
+            rows = rows.all().expand(len(rows))
+        unproved = ~rows[logits.argmax(1)]
         for (_, needed), fewest in self._fewest.items():
             least = fewest.reshape(len(fewest), -1).amin(1)
             unproved = unproved | (least <= 0 if needed == 1 else least < needed)
@@ -132,9 +135,16 @@ class ShortcutDensities:
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
         self._mostly_unproved = False
+        self._seen = self._proved = 0
+
+    @property
+    def proved_share(self) -> float:
+        """The share of the images so far whose densities were read."""
+        return self._proved / max(self._seen, 1)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, classes) and E (B, K) by split name of images (B, C, H, W)."""
+        self._seen += len(x)
         key = (*x.shape[1:], x.dtype, x.device, self._network.weights_version())
         if key not in self._rectified:
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: self._checked(x)}
@@ -149,6 +159,7 @@ class ShortcutDensities:
             return self._computed(x)
         self._mostly_unproved = 2 * int(unproved.sum()) > len(x)
         rows = (unproved & logits.isfinite().all(1)).nonzero()[:, 0]
+        self._proved += len(x) - len(rows)
         if len(rows):
             for name, density in self._computed(x[rows])[1].items():
                 found[name][rows] = density

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.losses import logits_plan
+from openood_sandi.detectors.sandi.losses import LogitsPlan
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Site
@@ -46,6 +46,8 @@ class VariantChoice:
     def __init__(self, variant: str, splits: str | Sequence[str], feature: str) -> None:
         self.variant = variant
         self.feature: Split | None = None
+        self.reads_few_zeros = False
+        """Whether Z was asked for where there is little to read, and a warning said so."""
         self._splits, self._wanted_feature = splits, feature
 
     def __call__(self, network: SplitNetwork, found: RecordedNetwork, probe: Tensor) -> Sequence[Split]:
@@ -59,16 +61,15 @@ class VariantChoice:
                 splits = self._for_a(found)
                 _log.info('variant="auto" is A: %.0f %% of the split points have zero gradients to read', 100 * share)
             elif share < _SPLITS_WITH_ZEROS:
+                self.reads_few_zeros = True
                 _log.warning(
                     'variant="Z" reads exact zeros of gradients, and only %.0f %% of the split points of this network '
                     'have any; where none has, all images score alike. variant="A" or "auto" suits it',
                     100 * share,
                 )
         self.variant = "Z" if self.feature is None else "A"
-        f = f", F {self.feature.name!r}" if self.feature is not None else ""
-        _log.info(
-            "S&I-%s with %d split points, %s to %s%s", self.variant, len(splits), splits[0].name, splits[-1].name, f
-        )
+        named = f"{len(splits)} split points, {splits[0].name} to {splits[-1].name}"
+        _log.info("S&I-%s with %s%s", self.variant, named, f", F {self.feature.name!r}" if self.feature else "")
         return splits
 
     def _for_a(self, found: RecordedNetwork) -> Sequence[Split]:
@@ -89,5 +90,5 @@ class _Zeros(Observer):
 def _share_with_zeros(network: SplitNetwork, splits: Sequence[Split], probe: Tensor) -> float:
     """The share of the split points whose gradient on the probe is zero here and there."""
     zeros = _Zeros()
-    network.walk(probe, Walk(logits_plan(splits, "max_logit", "max_logit")), zeros, splits)
+    network.walk(probe, Walk(LogitsPlan(splits, "max_logit", "max_logit")), zeros, splits)
     return sum(_ZEROS <= share < 1 for share in zeros.shares) / len(splits)

@@ -1,0 +1,150 @@
+"""What rectifiers' masks tell of gradients is what the gradients are, whatever came before and whatever the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openood_sandi import SandI
+from openood_sandi.detectors.sandi.rectifiers import Rectifier
+from openood_sandi.engine.tape import Call, Produced
+
+OPTIONS = (
+    {"steps": 1},
+    {"steps": 2},
+    {"combine": "union", "steps": 3},
+    {"combine": "intersection"},
+    {"steps": 4, "step_size": 0.05},
+    {"ascent": "max_logit"},
+)
+
+
+class Plain(nn.Module):
+    """Two convolutions beside a shortcut and a linear head; wide enough for every image to be proved."""
+
+    def __init__(self, width: int = 48, classes: int = 4, pool: bool = False) -> None:
+        super().__init__()
+        self.c0, self.n0 = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.c1, self.n1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, classes)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.n0(self.c0(x)))
+        a = F.max_pool2d(a, 3, 2, 1) if self.pool else a
+        return self.head(F.relu(a + self.n1(self.c1(a))).mean((2, 3)))
+
+
+def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return build().to(dtype).eval()
+
+
+def images(count: int, size: int = 8, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def require_exact(net: nn.Module, batches: list[Tensor], least: float = 0.0, **options: object) -> None:
+    """One detector over the batches in turn agrees with every gradient computed anew for each."""
+    detector = SandI(net, variant="Z", **options)
+    for batch in batches:
+        exact = SandI(net, variant="Z", rectifier_shortcut=False, **options).densities(batch)
+        read = detector.densities(batch)
+        for name, density in exact.items():
+            assert torch.equal(read[name], density), (name, options)
+    assert detector.proved_share >= least
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("pool", [False, True])
+def test_read_where_proved(options: dict[str, object], pool: bool) -> None:
+    require_exact(made(lambda: Plain(pool=pool)), [images(6), images(5, seed=2)], 0.5, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_suffix_that_dies_after_the_step(options: dict[str, object]) -> None:
+    net = nn.Sequential(
+        *(nn.BatchNorm2d(1, eps=0.0), nn.ReLU(), nn.Conv2d(1, 1, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)),
+    )
+    with torch.no_grad():
+        net[2].weight.fill_(1.0)
+        net[2].bias.fill_(-1.0)
+        net[6].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    net = net.double().eval()
+    batches = [torch.full((4, 1, 2, 2), value, dtype=torch.float64) for value in (2.0, 1.0005, 1.5, 1.01)]
+    require_exact(net, batches, **options)
+    if options.get("steps") == 2:
+        tau = [float(SandI(net, variant="Z")(batch)[1][0]) for batch in batches[:2]]
+        assert tau == [1.0, 0.5], "the second gradient of the second batch is zero"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_classes_whose_row_of_the_head_has_zeros(options: dict[str, object]) -> None:
+    net = made(Plain)
+    with torch.no_grad():
+        net.head.weight[1, :24] = 0
+        net.head.weight.mul_(20)
+        pool = images(200)
+        net.head.bias.sub_(net(pool).mean(0))
+        sparse = net(pool).argmax(1) == 1
+    assert 5 < int(sparse.sum()) < 195
+    require_exact(net, [pool[~sparse][:8], pool[sparse][:8]], **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("stride", ["convolution", "average pool"])
+def test_an_image_size_at_which_windows_leave_a_row_out(options: dict[str, object], stride: str) -> None:
+    class Strided(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            a = F.relu(self.n0(self.c0(x)))
+            b = F.relu(self.n1(F.conv2d(a, self.c1.weight[..., :2, :2], None, 2) if stride[0] == "c" else self.c1(a)))
+            b = b if stride[0] == "c" else F.avg_pool2d(b, 2)
+            return self.head(b.mean((2, 3)))
+
+    require_exact(made(Strided), [images(4, 8), images(4, 9), images(4, 8)], **options)
+
+
+def test_weights_that_are_pruned_after_the_first_batch() -> None:
+    net, x = made(Plain), images(6)
+    detector = SandI(net, variant="Z")
+    detector(x)
+    assert detector.proved_share == 1
+    with torch.no_grad():
+        net.c1.weight[:, :12] = 0  # in place, as pruning does
+        net.head.weight[:, 40:] = 0
+    exact = SandI(net, variant="Z", rectifier_shortcut=False)(x)[1]
+    assert torch.equal(detector(x)[1], exact)
+
+
+def test_output_channels_with_zero_weights_need_more_open_ones() -> None:
+    """Some zeros, as float16 leaves them, do not cost the shortcut; zeros that could cut an input off do."""
+    net, x = made(Plain), images(6)
+    with torch.no_grad():
+        net.c1.weight[:3, 5] = 0
+    require_exact(net, [x], 0.5)
+    with torch.no_grad():
+        net.c1.weight[:, 5] = 0
+    require_exact(net, [x])
+
+
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 2}, {"combine": "intersection"}], ids=str)
+def test_narrow_networks_have_closed_positions(options: dict[str, object]) -> None:
+    require_exact(made(lambda: Plain(width=3)), [images(16)], **options)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_winners_of_a_max_pool_are_where_its_gradient_is(ties: bool) -> None:
+    torch.manual_seed(0)
+    entering = torch.randint(-2, 3, (2, 3, 9, 9)).double() if ties else torch.randn(2, 3, 9, 9).double()
+    entering.requires_grad_(True)
+    rectified = F.relu(entering)
+    pooled = F.max_pool2d(rectified, 3, 2, 1)
+    (gradient,) = torch.autograd.grad(pooled.sum(), entering)
+    call = Call(F.max_pool2d, (Produced(0), 3, 2, 1), {}, pooled, (0,))
+    mask = Rectifier(0, (0.0, float("inf")), (1, call), 1).mask(rectified.detach())
+    assert torch.equal(mask != 0, gradient != 0)

@@ -1,0 +1,121 @@
+"""Documents say what is so: paths and links, options, the map of the package, detectors, figures."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import math
+import re
+import runpy
+from types import SimpleNamespace
+
+import pytest
+
+from openood_sandi import SandI
+from openood_sandi.plugin import registry, seams
+from tests.helpers.places import BENCHMARKS, DOCUMENTS, ROOT
+
+#: A path of this repository in a document's code.
+PATH = re.compile(r"`((?:tests|benchmarks|docs|configs|openood_sandi)/[\w./]*)`")
+#: [text](target) of a link or picture that is no address.
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
+
+
+def test_paths_and_links_in_documents_exist() -> None:
+    example = "mean_gradient"  # the detector that docs/add_a_detector.md adds
+    for file in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.S)
+        targets = [file.parent / link for link in LINK.findall(text)]
+        if file.name != "CHANGELOG.md":  # which also names what is gone
+            targets += [ROOT / path for path in PATH.findall(text) if example not in path]
+        assert not [str(target) for target in targets if not target.exists()], file
+
+
+def test_documents_call_the_data_folder_data() -> None:
+    assert not [file.name for file in DOCUMENTS if "../shared" in file.read_text(encoding="utf-8")]
+
+
+def test_the_map_of_the_package_is_complete() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    mapped = set(re.findall(r"^\| `(openood_sandi/\S+\.py)` \|", text, re.M))
+    modules = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("openood_sandi/**/*.py")}
+    assert mapped == {file for file in modules if not re.fullmatch(r"openood_sandi/.+/__init__\.py", file)}
+
+
+def test_options_have_the_documented_defaults() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (ROOT / "docs/options.md").read_text(encoding="utf-8"), re.M)
+    parameters = list(inspect.signature(SandI).parameters.values())[1:]
+    assert [name for name, _ in rows] == [parameter.name for parameter in parameters]
+    values = {"auto": "auto", "inf": math.inf, "True": True, "1e-3": 1e-3}
+    for (_, shown), parameter in zip(rows, parameters, strict=True):
+        assert str(values.get(shown, shown)) == str(parameter.default), parameter.name
+
+
+def test_security_names_every_module_of_openood_that_is_changed() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(openood\.[\w.]+)`", text)) - {registry.GROUP}
+    assert named == set(seams.SEAMS) and len(named) == 5 and "five of OpenOOD's modules" in text
+
+
+def test_the_table_of_detectors_is_that_of_the_registry() -> None:
+    table = runpy.run_path(str(ROOT / "docs/hooks/detector_table.py"))["table"]
+    own = [info for name, info in registry.infos().items() if name in registry.DETECTORS]
+    assert table(own) in (ROOT / "docs/detectors.md").read_text(encoding="utf-8")
+
+
+def test_a_detector_from_outside_has_a_row_of_that_table() -> None:
+    about = {"name": "mine", "label": "Mine", "title": "T", "url": "https://a.b", "venue": "V", "year": 2026}
+    table = runpy.run_path(str(ROOT / "docs/hooks/detector_table.py"))["table"]
+    row = "| `mine` | Mine | [T](https://a.b), V 2026 | training images |"
+    assert table([SimpleNamespace(**about, needs="training images")]).splitlines()[-1] == row
+
+
+#: Names in the documents' tables of results that are not those of the results' files in small letters.
+METHODS = {"energy": "ebo", "max logit": "mls", "Prototype Fusion": "prototype_fusion"}
+METHODS |= {"S&I-Z": "sandi-z", "S&I-A": "sandi-a", "S&I-Z, last stage": "sandi-z-last-stage"}
+
+CIFAR = [("near average", "AUROC"), ("far mnist", "AUROC"), ("far texture", "AUROC")]
+COST = ("near average", "forwards")
+DIGITS = [
+    (images, metric)
+    for images in ("near letters", "far photos", "far noise")
+    for metric in ("AUROC", "FPR95 ID lost (OpenOOD)", "FPR95 OOD let in (paper)")
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "heading", "columns"),
+    [
+        ("README.md", "What comes out", {"cifar10_resnet56": CIFAR, "cifar100_resnet18": [*CIFAR, COST]}),
+        (
+            "docs/results.md",
+            "CIFAR, with",
+            {"cifar10_resnet20": CIFAR, "cifar10_resnet56": CIFAR, "cifar100_resnet18": CIFAR},
+        ),
+        ("docs/results.md", "Data that needs", {"digits": [*DIGITS, COST]}),
+    ],
+)
+def test_figures_are_those_of_the_results(
+    document: str, heading: str, columns: dict[str, list[tuple[str, str]]]
+) -> None:
+    measured = {run: figures_of(run) for run in columns}
+    if "cifar100_resnet18" in measured:  # run again with GSC's default; the document says so
+        measured["cifar100_resnet18"]["gsc"] = figures_of("cifar100_resnet18_gsc")["gsc"]
+    text = (ROOT / document).read_text(encoding="utf-8").partition(f"## {heading}")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) ((?:\| [\d.]+ )+)\|$", text, re.M)
+    assert len(rows) > 5
+    for title, shown in rows:
+        method = METHODS.get(title, title.lower())
+        expected = [measured[run][method][figure] for run, figures in columns.items() for figure in figures]
+        assert [float(figure) for figure in shown.split("|")[1:]] == pytest.approx(expected, abs=0.051), title
+
+
+def figures_of(run: str) -> dict[str, dict[tuple[str, str], float]]:
+    """{method: {(group and set, column): figure}} of a committed run of the comparison."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    with open(BENCHMARKS / "results" / run / "results.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            images = f"{row['group']} {row['OOD set']}"
+            of_method = found.setdefault(row["method"], {})
+            of_method |= {(images, metric): float(row[metric] or "nan") for metric in {m for _, m in [*DIGITS, COST]}}
+    return found
