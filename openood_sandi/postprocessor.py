@@ -170,6 +170,11 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.info,), vars(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # before 0.2 GAIA's options had those in them that are its definition
+        self.options = {name: value for name, value in self.options.items() if name in self.settable()}
+
 
 #: Options of every postprocessor that decide no score, and their defaults.
 _OF_THE_RUN = {"cache_dir": "", "unreadable": "stop"}

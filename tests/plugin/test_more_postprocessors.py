@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from openood_sandi import SandI
 from openood_sandi.detectors.gsc import GradientShortCircuit
 from openood_sandi.detectors.prototype_fusion import PrototypeFusion
 from tests.helpers import tiny
@@ -54,6 +56,32 @@ def test_another_number_of_stages_and_a_pickle_need_no_other_set_up(checkout: Pa
         expected = -fusion(checkout, layers=layers)(images)[1]
         np.testing.assert_allclose(copy.postprocess(net, images)[1].cpu(), expected, rtol=1e-5)
     assert not any(isinstance(value, torch.nn.Module) for value in vars(postprocessor).values())
+
+
+class AsBefore:
+    """Pickled as postprocessors were before 0.2: by the name of their class, with its attributes."""
+
+    def __init__(self, kind: type, **state: Any) -> None:
+        self.kind, self.state = kind, state
+
+    def __reduce__(self) -> Any:
+        return copyreg._reconstructor, (self.kind, object, None), self.state  # type: ignore[attr-defined]
+
+
+def test_pickles_from_before(checkout: Path) -> None:
+    from openood_sandi.postprocessor import GAIAPostprocessor, PrototypeFusionPostprocessor
+
+    net, images = tiny.network(), tiny.read_images(checkout, "svhn")
+    options = {"steps": 1, "top_fraction": 1.0, "variant": "A"}
+    gaia = config(checkout, "gaia")
+    before = AsBefore(GAIAPostprocessor, config=gaia, options=options)
+    expected = -SandI(net, **options)(images)[1]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(before)).postprocess(net, images)[1], expected, rtol=0, atol=0)
+    prototypes, settings = fusion(checkout).prototypes, config(checkout, "prototype_fusion")
+    before = AsBefore(PrototypeFusionPostprocessor, config=settings, options={}, setup_flag=True, prototypes=prototypes)
+    found = pickle.loads(pickle.dumps(before))
+    found.setup(net, {}, {})
+    torch.testing.assert_close(found.postprocess(net, images)[1], -fusion(checkout)(images)[1])
 
 
 @pytest.mark.parametrize(
