@@ -4,9 +4,11 @@
 - The start-up file goes to the root of site-packages, from a wheel and from an editable install alike.
 """
 
+import ast
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -44,6 +46,24 @@ class BuildWithStartup(build_py):
             (site_packages / name).write_text(text)
 
 
+def literal(module: str, name: str) -> Any:
+    """The literal assigned to ``name`` in a module of this package, which is not imported: torch is not there yet.
+
+    The arguments of a call, as a dictionary, where it is one: ``INFO = DetectorInfo(...)``.
+    """
+    path = ROOT / module.replace(".", "/")
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            if isinstance(node.value, ast.Call):
+                return {argument.arg: ast.literal_eval(argument.value) for argument in node.value.keywords}
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{module} has no literal {name}")
+
+
+DETECTORS = literal("openood_sandi.plugin.registry", "DETECTORS")
+LABELS = [literal(module, "INFO")["label"] for module, _ in DETECTORS.values()]
+
 OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sandi.plugin.standins covers the rest
     "faiss-cpu",
     "pandas",
@@ -55,12 +75,12 @@ OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sa
 ]
 
 TESTING = ["build", "hypothesis", "pytest", "pytest-xdist", "pyyaml>=5.4.1", "safetensors", "setuptools>=77"]
-BENCH = ["matplotlib", "pandas", "pytorch-ood", "scikit-learn", "torchvision", "tqdm"]
+BENCH = ["matplotlib", "pandas", "pytorch-ood", "scikit-learn", "timm", "torchvision", "tqdm"]
 
 setup(
     name="openood-sandi",
     version=VERSION,
-    description="S&I (Splitting & Integrating) and GAIA: out-of-distribution detection for OpenOOD",
+    description=f"Out-of-distribution detection for OpenOOD: {', '.join(LABELS[:-1])} and {LABELS[-1]}",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -73,14 +93,12 @@ setup(
         "openood": OPENOOD,
         "bench": BENCH,
         "test": [*BENCH, *TESTING],
-        "dev": ["mypy", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "dev": ["mypy", "pre-commit", "ruff"],
     },
     entry_points={
         "openood.postprocessors": [
-            "sandi = openood_sandi.postprocessor:SandIPostprocessor",
-            "gaia = openood_sandi.postprocessor:GAIAPostprocessor",
-            "gsc = openood_sandi.postprocessor:GSCPostprocessor",
-            "prototype_fusion = openood_sandi.postprocessor:PrototypeFusionPostprocessor",
+            f"{name} = openood_sandi.postprocessor:{postprocessor}" for name, (_, postprocessor) in DETECTORS.items()
         ]
     },
     classifiers=[

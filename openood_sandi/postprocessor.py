@@ -1,17 +1,18 @@
 """This package's detectors as postprocessors of OpenOOD.
 
 OpenOOD builds one from its configuration and calls :meth:`DetectorPostprocessor.inference` on every data set;
-conf = -score, as OpenOOD takes a large confidence for in-distribution.
+conf = -score, as OpenOOD takes a large confidence for in-distribution. ``SandIPostprocessor`` and the others named in
+:data:`openood_sandi.plugin.registry.DETECTORS` are made of the detectors' ``INFO`` when they are first asked for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import inspect
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,27 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from openood_sandi.detectors.gsc import GradientShortCircuit
-from openood_sandi.detectors.prototype_fusion import PrototypeFusion
-from openood_sandi.detectors.sandi.detector import SandI
-from openood_sandi.plugin import checkpoints
+from openood_sandi.detectors.info import DetectorInfo
+from openood_sandi.detectors.options import as_option, options_of
+from openood_sandi.plugin import checkpoints, registry
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 
 _log = logging.getLogger(__name__)
-
-#: Images (B, C, H, W) to predicted classes (B,) and scores (B,), larger = more out-of-distribution.
-Detector = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def options_of(detector: type[Any]) -> dict[str, Any]:
-    """The options of a detector's class, which are its keyword-only arguments, and their defaults."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(detector).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
 
 
 class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
@@ -59,20 +47,19 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         ValueError: an option is unknown or its value has the wrong type.
     """
 
+    info: ClassVar[DetectorInfo]
     #: The detector's class: ``method(net, **options)`` scores images.
-    method: ClassVar[type[Any]]
-    #: Options whose value is part of the method's definition.
-    fixed: ClassVar[dict[str, Any]] = {}
+    method: ClassVar[Callable[..., Any]]
 
     @classmethod
     def settable(cls) -> dict[str, Any]:
         """The options that can be set, and their defaults."""
-        return {name: default for name, default in options_of(cls.method).items() if name not in cls.fixed}
+        return options_of(cls.method)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.postprocessor
-        self.options: dict[str, Any] = dict(self.fixed)
+        self.options: dict[str, Any] = {}
         self.run: dict[str, str] = dict(_OF_THE_RUN)
         for name, value in (settings.postprocessor_args or {}).items():
             if name in _OF_THE_RUN:
@@ -115,7 +102,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
             progress: show a progress bar.
 
         Under ``torchrun`` every process scores its share of the batches, and all return the whole; with ``cache_dir``
-        what an earlier run has scored is not scored again: :func:`openood_sandi.runs.score.infer`.
+        what an earlier run has scored is not scored again: :func:`openood_sandi.score_dataset`.
 
         Returns:
             Predicted class, confidence and label of every image, (N,) each, in the loader's order.
@@ -124,8 +111,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         device = next(itertools.chain(net.parameters(), net.buffers())).device
         key = self._key(net, data_loader)
         cache = ScoreCache(Path(self.run["cache_dir"]).expanduser()) if key and self.run["cache_dir"] else None
-        pred, score, label = infer(
-            detector, data_loader, device, cache=cache, key=key, progress=progress, unreadable=self.run["unreadable"]
+        pred, score, label = score_dataset(
+            detector, data_loader, device, key=key, cache=cache, unreadable=self.run["unreadable"], progress=progress
         )
         return pred, -score, label
 
@@ -134,21 +121,16 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         if not self.run["cache_dir"] and not ranks.launched():
             return None
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
+        dataset = getattr(data_loader, "dataset", data_loader)
         try:
-            return {
-                "method": type(self).__qualname__,
-                "options": self.options,
-                "fitted": keys.state(fitted),
-                "network": keys.network(net),
-                "images": keys.images(getattr(data_loader, "dataset", data_loader)),
-            }
+            return keys.score_key(type(self).__qualname__, self.options, net, dataset, fitted=keys.state(fitted))
         except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)
             return None
 
-    def detector(self, net: nn.Module) -> Detector:
-        """The detector with the present options on ``net``.
+    def detector(self, net: nn.Module) -> Any:
+        """The detector with the present options on ``net``: images (B, C, H, W) to classes (B,) and scores (B,).
 
         Raises:
             TypeError: ``net`` is one of OpenOOD's dictionaries of networks.
@@ -160,8 +142,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
                 f"a dictionary of {', '.join(net)}; choose a network that is a single module"
             )
         checkpoints.require_whole(net)
-        detector: Detector = self.method(net, **self.options)
-        return detector
+        return self.method(net, **self.options)
 
     def set_hyperparam(self, hyperparam: Sequence[Any]) -> None:
         """Set the options of ``postprocessor_sweep``, in its order."""
@@ -173,23 +154,21 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         return [self.options.get(name, self.settable()[name]) for name in self.args_dict]
 
     def _checked(self, name: str, value: Any) -> Any:
-        """``value`` as option ``name`` takes it: of its default's type, a number also from a string."""
+        """``value`` as option ``name`` of the detector takes it."""
         method, settable = self.config.postprocessor.name, self.settable()
         if name not in settable:
             known = [*settable, *_OF_THE_RUN]
             near = difflib.get_close_matches(name, known) or known
             raise ValueError(f"{method} has no option {name!r}. Did you mean: {', '.join(near)}?")
-        kind = type(settable[name])
         try:
-            if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-                with contextlib.suppress(ValueError, OverflowError):
-                    value = float(value)  # YAML reads 0 as an integer and 1e-3 as a string
-            if not isinstance(value, kind) and not (name in _NAMES and isinstance(value, list)):
-                raise TypeError(f"{name}={value!r}: expected {_KINDS[kind]}")
+            value = as_option(self.method, name, value)
             self.method(nn.Identity(), **{name: value})  # reads no images, but checks the value
         except (TypeError, ValueError) as error:
             raise ValueError(f"{method}: {error}") from error
         return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.info,), vars(self)
 
 
 #: Options of every postprocessor that decide no score, and their defaults.
@@ -206,67 +185,64 @@ def _checked_of_the_run(method: str, name: str, value: Any) -> str:
     return value
 
 
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
-#: Options that take names of modules, in one string or as a list.
-_NAMES = ("splits", "layers")
+class FittedPostprocessor(DetectorPostprocessor):
+    """A detector that needs training images.
 
-
-class SandIPostprocessor(DetectorPostprocessor):
-    """S&I with the options of :class:`openood_sandi.SandI`; there is nothing to set up."""
-
-    method = SandI
-
-
-class GAIAPostprocessor(SandIPostprocessor):
-    """GAIA: S&I with T = 1, so without perturbation, and for A over all channels."""
-
-    fixed: ClassVar[dict[str, Any]] = {"steps": 1, "top_fraction": 1.0}
-
-    @classmethod
-    def settable(cls) -> dict[str, Any]:
-        return {name: default for name, default in super().settable().items() if name in _OF_GAIA}
-
-
-_OF_GAIA = ("variant", "splits", "feature", "attribution")
-
-
-class GSCPostprocessor(DetectorPostprocessor):
-    """Gradient Short-Circuit with the options of :class:`openood_sandi.GradientShortCircuit`; no set-up."""
-
-    method = GradientShortCircuit
-
-
-class PrototypeFusionPostprocessor(DetectorPostprocessor):
-    """Prototype Fusion with the options of :class:`openood_sandi.detectors.prototype_fusion.PrototypeFusion`.
-
-    :meth:`setup` takes the prototypes from OpenOOD's training images, once: ``setup_flag`` tells OpenOOD that
-    they are worth keeping, and keeps them when it sets up again.
+    It keeps what their fit sets, the attributes ``info.fitted``, and keeps them when it sets up again.
     """
-
-    method = PrototypeFusion
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.setup_flag = False
-        self.prototypes: Mapping[str, Tensor] = {}
 
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, DataLoader[Any]], ood_loader_dict: Mapping[str, Any]
     ) -> None:
-        """Compute the prototypes from ``id_loader_dict["train"]``, on the network's device."""
+        """Fit the detector to ``id_loader_dict["train"]``, on the network's device."""
         if self.setup_flag:
             return
-        batches = tqdm(id_loader_dict["train"], desc="prototypes", disable=not comm.is_main_process())
-        self.prototypes = self.detector(net).fit(_pairs(batches)).prototypes
+        batches = tqdm(id_loader_dict["train"], desc=f"fitting {self.info.name}", disable=not comm.is_main_process())
+        fitted = super().detector(net).fit(_pairs(batches))
+        for name in self.info.fitted:
+            setattr(self, name, getattr(fitted, name))
         self.setup_flag = True
 
-    def detector(self, net: nn.Module) -> PrototypeFusion:
+    def detector(self, net: nn.Module) -> Any:
         detector = super().detector(net)
-        assert isinstance(detector, PrototypeFusion)
-        detector.prototypes = self.prototypes
+        for name in self.info.fitted:
+            if hasattr(self, name):  # else there has been no set-up, which the detector says itself
+                setattr(detector, name, getattr(self, name))
         return detector
 
 
 def _pairs(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
         yield batch["data"], batch["label"]
+
+
+@functools.cache
+def postprocessor_of(info: DetectorInfo) -> type[DetectorPostprocessor]:
+    """The postprocessor of a detector: a class called as its row of the registry says, or else after its own class.
+
+    Raises:
+        ImportError, AttributeError: the detector's class is not where ``info`` says.
+    """
+    module, _, method = info.detector.partition(":")
+    _, name = registry.DETECTORS.get(info.name, ("", f"{method}Postprocessor"))
+    base = FittedPostprocessor if info.fitted else DetectorPostprocessor
+    about = f"{info.label} ({info.title}, {info.venue}) with the options of :class:`{module}.{method}`."
+    members = {"info": info, "method": getattr(import_module(module), method), "__module__": __name__, "__doc__": about}
+    return type(name, (base,), members)
+
+
+def _unpickled(info: DetectorInfo) -> DetectorPostprocessor:
+    """A postprocessor without its attributes yet, of the detector as it describes itself today."""
+    cls = postprocessor_of(registry.infos().get(info.name, info))
+    return cls.__new__(cls)
+
+
+def __getattr__(name: str) -> type[DetectorPostprocessor]:
+    info = registry.own_info(name)
+    if info is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return postprocessor_of(info)

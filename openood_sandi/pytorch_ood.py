@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 from pytorch_ood.api import Detector, DetectorInfo, ModelNotSetException, Paper, Task
 from torch import Tensor, nn
 
+from openood_sandi.detectors.options import options_of
+from openood_sandi.detectors.sandi import INFO
 from openood_sandi.detectors.sandi.detector import SandI
 
 __all__ = ["SandIDetector"]
@@ -27,12 +28,7 @@ class SandIDetector(Detector):  # type: ignore[misc]
     """
 
     info = DetectorInfo(
-        paper=Paper(
-            title="Splitting & Integrating: Out-of-Distribution Detection via Adversarial Gradient Attribution",
-            venue="ICML",
-            year=2025,
-            url="https://proceedings.mlr.press/v267/",
-        ),
+        paper=Paper(title=INFO.title, venue=INFO.venue, year=INFO.year, url=INFO.url),
         tasks={Task.CLASSIFICATION},
         ai_coded=True,
     )
@@ -58,8 +54,8 @@ class SandIDetector(Detector):  # type: ignore[misc]
         return tau
 
     def get_hyperparameters(self) -> dict[str, Any]:
-        defaults = inspect.signature(SandI).parameters
-        return {name: self.options.get(name, defaults[name].default) for name in self.hyperparameter_space}
+        options = options_of(SandI) | self.options
+        return {name: options[name] for name in self.hyperparameter_space}
 
     def set_hyperparameters(self, **options: Any) -> SandIDetector:
         """Set any options of :class:`openood_sandi.SandI`, those of ``hyperparameter_space`` and others."""

@@ -5,7 +5,7 @@
 only then is :mod:`openood_sandi.plugin.seams` loaded. The module imports nothing that Python has not imported by
 then.
 
-Set the environment variable ``OPENOOD_SANDI_DISABLE`` to anything but ``0`` to switch it off.
+Set the environment variable ``OPENOOD_SANDI_DISABLE`` to ``1`` (``true``, ``yes``, ``on``) to switch it off.
 """
 
 import os
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 SWITCH = "OPENOOD_SANDI_DISABLE"
+#: Values of the switch that leave the package at work; whoever sets it to any other wants it off.
+NOT_DISABLED = ("", "0", "false", "no", "off")
 
 
 class OpenOODFinder:
@@ -41,7 +43,7 @@ class OpenOODFinder:
 
 def activate() -> None:
     """Put :class:`OpenOODFinder` first on ``sys.meta_path``, once, unless the environment switches it off."""
-    if os.environ.get(SWITCH, "0") in ("", "0"):
+    if os.environ.get(SWITCH, "").strip().lower() in NOT_DISABLED:
         install()
 
 

@@ -21,7 +21,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.engine.features import Penultimate
+
+__all__ = ["INFO", "GradientShortCircuit", "short_circuited"]
+
+INFO = DetectorInfo(
+    name="gsc",
+    label="GSC",
+    detector="openood_sandi.detectors.gsc:GradientShortCircuit",
+    title="Gradient Short-Circuit: Efficient Out-of-Distribution Detection via Feature Intervention",
+    venue="ICCV",
+    year=2025,
+    url="https://arxiv.org/abs/2507.01417",
+    needs="a linear head",
+)
 
 _SCORES = ("energy", "msp")
 

@@ -20,8 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.engine import checks
 from openood_sandi.engine.features import pooled, require_called, stages
+
+__all__ = ["INFO", "PrototypeFusion", "affinity"]
+
+INFO = DetectorInfo(
+    name="prototype_fusion",
+    label="Prototype Fusion",
+    detector="openood_sandi.detectors.prototype_fusion:PrototypeFusion",
+    title="A Training-Free Multi-Layer Approach to OOD Detection",
+    venue="arXiv",
+    year=2026,
+    url="https://arxiv.org/abs/2603.23677",
+    needs="training images",
+    fitted=("prototypes",),
+)
 
 
 class PrototypeFusion:

@@ -39,13 +39,20 @@ _BROADCAST = _functions(
 _FOLD = {
     function: rank
     for rank, names in {
-        2: ("batch_norm", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "group_norm"),
-        3: ("conv1d", "conv_transpose1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+        2: (
+            *("batch_norm", "group_norm", "prelu", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
+            "adaptive_max_pool1d",
+        ),
+        3: (
+            *("conv1d", "conv_transpose1d", "instance_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+            "adaptive_max_pool2d",
+        ),
         4: ("conv2d", "conv_transpose2d", "local_response_norm", "pixel_shuffle", "interpolate"),
         5: ("conv3d", "conv_transpose3d"),
     }.items()
     for function in _functions(*names)
 }
+_BY_STRIDE = _functions("as_strided")
 _BATCH_NORM = _functions("batch_norm")
 _ATTENTION = _functions("scaled_dot_product_attention")
 _RECURRENT = _functions("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -80,6 +87,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     args, kwargs, asks_for_layout = _without_memory_format(args, kwargs)
     func = _INSTEAD.get(func, func)
     ids = union(find((args, kwargs)))
+    if func in _BY_STRIDE:
+        args = (_in_memory_as_recorded(args[0]), *args[1:])
     result = _shortcut(func, args, kwargs, ids)
     if result is None:
         result = _by_vmap(func, args, kwargs, ids, clean)
@@ -167,6 +176,18 @@ def _laid_out_as(clean: Tensor, lanes: Tensor) -> Tensor:
     return lanes.permute(order).contiguous().permute(back)
 
 
+def _in_memory_as_recorded(tensor: Tensor) -> Tensor:
+    """A lane tensor whose copies can be read by the strides of the clean one."""
+    lanes = lanes_of(tensor)
+    if lanes is None:
+        return tensor
+    laid_out = _laid_out_as(lanes.clean, tensor)
+    if laid_out.stride()[1:] != lanes.clean.stride() or lanes.clean.storage_offset():
+        raise ValueError("reads memory around a tensor")
+    tag(laid_out, *lanes)
+    return laid_out
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Holds the place of the lane argument ``index`` in a call's arguments."""
@@ -195,4 +216,6 @@ def _by_vmap(func: Callable[..., Any], args: Any, kwargs: Any, ids: tuple[int, .
     if len(outputs) != len(tensors_in(clean)):
         raise ValueError(f"gives {len(outputs)} tensors where {len(tensors_in(clean))} were due")
     remaining = iter(outputs)
-    return map_tensors(clean, lambda _: next(remaining))
+    if not torch.is_autocast_enabled(inputs[0].device.type):
+        return map_tensors(clean, lambda _: next(remaining))
+    return map_tensors(clean, lambda recorded: next(remaining).to(recorded.dtype))  # autocast does not reach into vmap

@@ -7,7 +7,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -73,7 +73,8 @@ class Contents:
 
     def unchanged(self) -> bool:
         """Whether the containers hold the same objects, the tensors the same memory; values may have changed."""
-        things, places, kinds = self._now()
+        with torch._C.DisableTorchFunction():  # addresses are read: no call of a network's
+            things, places, kinds = self._now()
         same = len(things) == len(self._things) and all(map(is_, things, self._things))
         return same and places == self._places and kinds == self._kinds
 
@@ -97,18 +98,18 @@ class Contents:
 class Mirror:
     """Tensors that are to hold what others hold: ``pairs`` of a source and its copy."""
 
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self._pairs = list(pairs)
-        self._versions = [(version(source), version(copied)) for source, copied in self._pairs]
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._sources, self._copies = [source for source, _ in pairs], [copied for _, copied in pairs]
 
     def refresh(self) -> None:
-        """Copies again where either of a pair was written to: nothing to do costs no torch call."""
-        for number, (source, copied) in enumerate(self._pairs):
-            now = (version(source), version(copied))
-            if now != self._versions[number] or now[0] is None:
-                with torch.no_grad():
-                    copied.copy_(source)
-                self._versions[number] = (now[0], version(copied))
+        """Copies all of them again, in one call.
+
+        Counts of writes would tell which to copy, but for writes through ``.data`` or ``.numpy()`` and those of batch
+        norm in train mode under ``torch.inference_mode()``, which are not counted.
+        """
+        if self._sources:
+            with torch._C.DisableTorchFunction(), torch.no_grad():  # no call of a network's
+                torch._foreach_copy_(self._copies, self._sources)
 
 
 def version(tensor: Tensor) -> int | None:
@@ -148,7 +149,7 @@ def _inside(thing: Any) -> Collection[Any] | None:
 
 def _is_compiled(thing: Any) -> bool:
     """Whether ``thing`` is what ``torch.compile(module)`` returns."""
-    return isinstance(thing, nn.Module) and isinstance(thing._modules.get("_orig_mod"), nn.Module)
+    return isinstance(thing, nn.Module) and isinstance(getattr(thing, "_orig_mod", None), nn.Module)
 
 
 def _is_whole(thing: Any) -> bool:
@@ -176,14 +177,14 @@ def _kept(thing: Any) -> tuple[Any, Any]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's elements lie: ``.data = ...``, ``.to()`` and ``.half()`` change it and leave the object."""
-    if tensor.layout != torch.strided:
-        return (tensor.layout, tensor.shape)
+    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
+        return ()
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _holds_on(thing: Any, modules: set[int]) -> bool:
     """Whether a function (or weak reference) reaches one of ``modules`` other than by its arguments."""
-    if isinstance(thing, nn.Module):
+    if isinstance(thing, nn.Module) and not isinstance(thing, torch.jit.ScriptModule):
         thing = type(thing).forward
     if not isinstance(thing, (types.FunctionType, weakref.ReferenceType)) or _is_torch(thing):
         return False

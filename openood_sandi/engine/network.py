@@ -6,6 +6,7 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import checks
+from openood_sandi.engine.agreement import disagreement
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
+from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
 __all__ = ["Choice", "SplitNetwork"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -64,11 +69,18 @@ class SplitNetwork:
         self._running: nn.Module = self.net
         """What passes are made over: the twin, while a batch is worked on."""
         self._made = 0
+        self._agreed: set[object] = set()
+        self._plain_because = ""
 
     @property
     def is_split(self) -> bool:
         """Whether the split points are known."""
         return bool(self._splits)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every gradient takes whole passes over the network, whose calls are then not told to observers."""
+        return bool(self._plain_because)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -115,6 +127,8 @@ class SplitNetwork:
             splits: where; by default at all split points.
         """
         sites = [split.site for split in (self.splits if splits is None else splits)]
+        if self._plain_because and walk.input_ascent is None:
+            return walk_plain(self._running, x, sites, walk, observer).logits
         tape = Tape(self._running, sites)
         if walk.input_ascent is None:
             logits = walk_splits(tape, x, walk, observer, self._budget)
@@ -151,10 +165,15 @@ class SplitNetwork:
             try:
                 if not self._splits:
                     self._find_splits(next(self._budget.parts(x[:2], 2)))
-                return [work(part) for part in self._cut(x)]
+                self._require_agreement(x[:2])
+                try:
+                    return [work(part) for part in self._cut(x)]
+                except ReplayError as error:
+                    self._go_plain(str(error))
+                    return [work(part) for part in self._cut(x)]
             except Exception as error:
                 if not isinstance(error, ReplayError) and not is_out_of_memory(error):
-                    checks.require_accepted(self.net, x)
+                    checks.require_accepted(self._running, x)
                 raise
 
     def _cut(self, x: Tensor) -> Iterator[Tensor]:
@@ -162,6 +181,32 @@ class SplitNetwork:
         self._budget.bytes = int(self.memory_fraction * free_memory(x.device)) // 2
         image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
         return self._budget.parts(x, max(1, int(self._budget.bytes / image)))
+
+    def _require_agreement(self, x: Tensor) -> None:
+        """Compares replayed passes with plain ones, once for each kind of images and state of the network."""
+        key = x.shape[1:], x.dtype, x.device, self._made
+        if key in self._agreed or self.is_plain:
+            return
+        sites = [split.site for split in self._splits]
+        difference = disagreement(self._running, next(self._budget.parts(x, len(x))), sites, self._budget)
+        if difference:
+            self._go_plain(difference)
+        self._agreed.add(key)
+
+    def _go_plain(self, reason: str) -> None:
+        """From now on makes whole passes, one split at a time.
+
+        Raises:
+            ReplayError: that is so already, or some split points are no modules' outputs.
+        """
+        if self.is_plain or any(split.site.module is None for split in self._splits):
+            raise ReplayError(reason)
+        self._plain_because = reason
+        _log.warning(
+            "every gradient takes whole passes over the network, one split point at a time, as %s. The scores are the "
+            "same, the time is not",
+            reason,
+        )
 
     def _find_splits(self, x: Tensor) -> None:
         checks.warn_of_range(x)

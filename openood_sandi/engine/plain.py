@@ -3,7 +3,7 @@
 Slow, and exact for whatever autograd itself can differentiate, since nothing looks into the network's calls: custom
 autograd functions, checkpoints, scripted modules, gradients taken inside forward. A forward hook replaces what the
 split's module returns by z^{i-1}; branches that left before the split keep their clean value, because all before the
-split is computed on the clean images. What autograd gives is what is reported, under ``torch.no_grad()`` in forward too.
+split is computed on the clean images. What autograd gives is reported, under ``torch.no_grad()`` in forward too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.detectors.sandi.losses import Loss, Objective, Plan
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.tape import Site
 from openood_sandi.engine.twin import Snapshot
-from openood_sandi.engine.walk import Observer
+from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
 
 __all__ = ["PlainWalk", "walk_plain"]
 
@@ -40,30 +39,29 @@ class PlainWalk:
     cut_off: tuple[Site, ...]
 
 
-def walk_plain(
-    net: nn.Module, x: Tensor, sites: Sequence[Site], feature: Site | None, plan: Plan, attack: Attack,
-    observer: Observer,
-) -> PlainWalk:  # fmt: skip
+def walk_plain(net: nn.Module, x: Tensor, sites: Sequence[Site], walk: Walk, observer: Observer) -> PlainWalk:
     """Walks the paths of all ``sites`` on images ``x`` (B, C, H, W), as ``walk_splits`` does.
 
     Args:
         net: a network in eval mode, best a twin. What its forward writes into buffers and attributes is undone before
             every pass and at the end, so each pass starts from the same state.
-        sites: the splits, each the output of a module's call; F's site included where ``plan`` has an objective for it.
-        feature: F's site, where ``plan`` asks for F.
-        plan: makes the objectives from the clean logits and F; every site needs one.
+        x: images (B, C, H, W).
+        sites: the splits, each the output of a module's call; F's site included where the losses have an objective for
+            it. Every site needs one.
+        walk: losses and steps; its input ascent is not for here.
+        observer: takes in gradients, directions and motions. There are no calls to be told of.
 
     Raises:
         ReplayError: a site is no module's output, is not reached, or does not hold a floating-point tensor; or it lies
             in a checkpoint that calls its module again, more than once.
     """
-    for site in (*sites, *([] if feature is None else [feature])):
+    for site in (*sites, *([] if walk.feature is None else [walk.feature])):
         _require_module(site)
-    walker = _Walker(net, x, feature)
+    walker = _Walker(net, x, walk.feature)
     with torch.inference_mode(False), torch.enable_grad(), walker.state_kept():
         logits, value = walker.clean()
-        objectives = plan(logits, value)
-        cut_off = [site for site in sites if not _walk_one(walker, site, objectives[site], attack, observer)]
+        objectives = walk.losses(logits, value)
+        cut_off = [site for site in sites if not _walk_one(walker, site, objectives[site], walk.attack, observer)]
     return PlainWalk(logits.detach(), tuple(cut_off))
 
 
@@ -73,7 +71,7 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
     z: Tensor | None = None
     depends = False
     for i in range(1, attack.steps + 1):
-        steps = i < attack.steps or observer.motion is not None
+        steps = i < attack.steps or observer.wants_motion
         wanted = (objective.attribution, objective.ascent if steps else None)
         losses = list(dict.fromkeys(loss for loss in wanted if loss is not None))
         leaf, found = walker.gradients(site, z, losses)
@@ -86,8 +84,11 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
             observer.gradient(site, gradients[objective.attribution])
         if steps:
             origin = leaf if origin is None else origin
-            z = attack.advance(leaf, origin, gradients[objective.ascent].sign())
-            if observer.motion is not None:
+            sign = gradients[objective.ascent].sign()
+            if i == 1 and not observer.direction(site, sign):
+                break
+            z = attack.advance(leaf, origin, sign)
+            if observer.wants_motion:
                 observer.motion(site, z - leaf)
     return depends
 
@@ -112,10 +113,10 @@ class _Walker:
         """The clean logits, and F as a tensor that they can be differentiated by."""
         if self.feature is None:
             with torch.no_grad():
-                return self._forward(self.x.clone()), None
+                return self.net(self.x.clone()), None
         split = _Replaced(self.feature, None)
         with split.hooked(self.net):
-            logits = self._forward(self.x.clone())
+            logits: Tensor = self.net(self.x.clone())
         if not logits.requires_grad:
             raise ReplayError(
                 f"the logits do not depend on F ({self.feature.name!r}) by autograd: it lies under torch.no_grad(), in "
@@ -136,20 +137,16 @@ class _Walker:
         return split.leaf.detach(), found
 
     def _differentiate(self, split: _Replaced, losses: Sequence[Loss], x: Tensor) -> list[Tensor | None]:
+        self._state.restore()  # before there are hooks of ours, which are state, too
         kept = None if self.feature in (None, split.site) else _Kept(self.feature)
         with split.hooked(self.net), nullcontext() if kept is None else kept.hooked(self.net):
-            logits = self._forward(x)
+            logits = self.net(x)
             value = None if self.feature is None else split.leaf if kept is None else kept.tensor
             features = None if value is None else value[None]
             return [
                 self._gradient(loss(logits[None], features), split.leaf, retain=number < len(losses))
                 for number, loss in enumerate(losses, 1)
             ]
-
-    def _forward(self, x: Tensor) -> Tensor:
-        self._state.restore()
-        logits: Tensor = self.net(x)
-        return logits
 
     def _gradient(self, value: Tensor, leaf: Tensor, retain: bool) -> Tensor | None:
         if not value.requires_grad:

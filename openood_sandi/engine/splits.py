@@ -1,66 +1,87 @@
 """Where a network is split: from module names, globs or "auto" to places in its forward pass.
 
-Everything is decided from one recorded pass (:func:`record_network`), never from the class of the network: the modules that
-were called, in call order, with the tensors they returned.
+Everything is decided from a recorded pass (:func:`record_network`), never from the class of the network: the modules
+that were called, in call order, with the tensors they returned.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.engine.tape import Site, Tape
+from openood_sandi.engine.axes import ChannelAxes, Rows, batch_rows, usual_channel_axis
+from openood_sandi.engine.maps import last_map
+from openood_sandi.engine.norms import channels_of, is_normalisation
+from openood_sandi.engine.passes import Layer, Pass, record_pass
+from openood_sandi.engine.stages import Point, last_group, last_stage
+from openood_sandi.engine.tape import Site
 
 __all__ = ["RecordedNetwork", "Split", "record_network"]
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split point: a site and which of its dimensions counts channels (K of Eq. 11); the others are positions."""
+    """A split point: a site, and what the dimensions of its tensor mean.
+
+    Attributes:
+        site: the place in the forward pass.
+        channel_axis: the dimension that counts channels (K of Eq. 11).
+        batch_axis: the dimension that the images are in.
+        fold: how many rows of that dimension an image has; those of tokens, windows or views folded into the batch.
+        image_major: whether an image's rows lie side by side, (B N, ...), rather than at a distance of B, (N B, ...).
+
+    All other dimensions, and the ``fold`` rows, are positions.
+    """
 
     site: Site
     channel_axis: int
+    batch_axis: int = 0
+    fold: int = 1
+    image_major: bool = True
 
     @property
     def name(self) -> str:
         return self.site.name
 
+    def by_image(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """The split's tensor as (B, K, *positions), rows folded into the batch as the first position.
 
-@dataclass(frozen=True)
-class _Layer:
-    """One call of one module in the recorded pass."""
+        ``lead`` dimensions before those of the split stay where they are.
+        """
+        rows = Rows(self.batch_axis, self.fold, self.image_major)
+        channels = self.channel_axis + (self.channel_axis < self.batch_axis) + (self.fold > 1)
+        return rows.unfolded(tensor, lead).movedim(channels + lead, lead + 1)
 
-    name: str
-    index: int
-    module: nn.Module
-    output: object
-    start: int
-    stop: int
-    """The torch calls ``start`` to ``stop - 1`` of the tape happened inside."""
+    def by_channel(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """The split's tensor as (B, K, positions), with the ``lead`` dimensions before these."""
+        return self.by_image(tensor, lead).unsqueeze(-1).flatten(lead + 2)
 
-    @property
-    def site(self) -> Site:
-        return Site(self.name if self.index == 1 else f"{self.name}#{self.index}", self.name, self.index)
+    def for_images(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """One number an image, ``values`` (B,), in a shape that broadcasts over the split's ``tensor``."""
+        rows = values.repeat_interleave(self.fold) if self.image_major else values.repeat(self.fold)
+        shape = [1] * tensor.dim()
+        shape[self.batch_axis] = -1
+        return rows.view(shape)
 
 
 class RecordedNetwork:
-    """One recorded pass over ``x`` (B, C, H, W), with every module call it made; see :func:`record_network`."""
+    """A recorded pass of a network over images ``x`` (B, C, H, W); see :func:`record_network`."""
 
-    def __init__(self, net: nn.Module, tape: Tape, layers: list[_Layer], batch_size: int) -> None:
+    def __init__(self, net: nn.Module, recorded: Pass, with_another: Pass | None) -> None:
+        self.calls = recorded.calls
+        self.call_names = recorded.call_names
+        self.size = sum(call.size() for call in recorded.calls)
         self._modules = [name for name, _ in net.named_modules() if name]
-        self.calls = tape.calls
-        self.call_names = tape.call_names
-        self.size = sum(call.size() for call in tape.calls)
-        self._layers = layers
-        self._by_name = {layer.site.name: layer for layer in layers}
-        self._batch_size = batch_size
-        self._last_map = self._find_last_map()
+        self._pass, self._with_another = recorded, with_another
+        self._layers = recorded.layers
+        self._by_name = {layer.site.name: layer for layer in recorded.layers}
+        self._channel_axes = ChannelAxes(recorded)
+        self._last_map = last_map(recorded, self._channel_axes)
 
     # ------------------------------------------------------------------ split points
 
@@ -74,10 +95,10 @@ class RecordedNetwork:
             default: "all" or "last_stage".
 
         Raises:
-            ValueError: if a name is unknown, was not called, or nothing matches.
+            ValueError: if a name is unknown, was not called, or nothing matches; if a split's tensor does not depend on
+                the images, or which dimension is the batch or counts channels cannot be told.
         """
-        items = [item.strip() for item in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
-        items = [default if item == "auto" else item for item in items if item]
+        items = [default if item == "auto" else item for item in _items(wanted)]
         if not items:
             raise ValueError('splits is empty; give module names, globs, "all", "last_stage" or "auto"')
         chosen: dict[Site, Split] = {}
@@ -87,28 +108,40 @@ class RecordedNetwork:
         return tuple(sorted(chosen.values(), key=lambda split: self._position(split.site)))
 
     def feature(self, wanted: str) -> Split:
-        """F of Eq. 12: the last spatial feature map ("auto") or the output of the module named."""
+        """F of Eq. 12: the last feature map ("auto", see :func:`.maps.last_map`) or the output of the module named."""
         if wanted != "auto":
             return self._module_split(self._layer(wanted))
         if self._last_map is None:
             raise ValueError(
-                'feature="auto" found no feature map with more than one position in this network; '
+                'feature="auto" found no feature map, of channels at positions, in this network; '
                 "name the module whose output is to be F, for instance the one before the classifier"
             )
         return self._split_at(self._last_map)
 
     def before(self, feature: Split, splits: Sequence[Split], wanted: str | Sequence[str]) -> tuple[Split, ...]:
-        """Those of the ``splits`` that F can be differentiated by; one that ``wanted`` names behind F is an error."""
-        named = {item.strip() for item in (wanted.split(",") if isinstance(wanted, str) else wanted)}
-        late = [split for split in splits if self._position(split.site) >= self._position(feature.site)]
+        """Those of the ``splits`` that F can be differentiated by.
+
+        Where none of those that "auto" stands for lies before F, it is the points before F that do, at the resolution
+        of the last of them.
+
+        Raises:
+            ValueError: if ``wanted`` names a split behind F, or no split is left.
+        """
+        end = self._position(feature.site)
+        late = [split for split in splits if self._position(split.site) >= end]
         for split in late:
-            if split.name in named and self._tensor(split) is not self._tensor(feature):
+            if split.name in _items(wanted) and self._tensor(split) is not self._tensor(feature):
                 raise ValueError(
                     f"split point {split.name!r} lies behind F ({feature.name!r}): F does not depend on it"
                 )
-        if len(late) == len(splits):
-            raise ValueError(f"no split point lies before F ({feature.name!r}); name others in splits, or another F")
-        return tuple(split for split in splits if split not in late)
+        if len(late) < len(splits):
+            return tuple(split for split in splits if split not in late)
+        if "auto" in _items(wanted):
+            for points in (self._norms(), self._activations()):
+                earlier = [split for split in points if self._position(split.site) < end]
+                if earlier:
+                    return tuple(earlier[i] for i in last_group([self._point(split) for split in earlier]))
+        raise ValueError(f"no split point lies before F ({feature.name!r}); name others in splits, or another F")
 
     def _matching(self, item: str) -> list[Split]:
         if item in ("all", "last_stage"):
@@ -131,43 +164,42 @@ class RecordedNetwork:
 
     def _default_points(self) -> list[Split]:
         """Every normalisation layer; without any, the inputs of the activations."""
-        norms = [layer for layer in self._layers if _is_normalisation(layer.module)]
-        if norms:
-            return [self._module_split(layer) for layer in norms]
+        return self._norms() or self._activations()
+
+    def _norms(self) -> list[Split]:
+        norms = [layer for layer in self._layers if is_normalisation(layer)]
+        return [
+            self._module_split(layer)
+            for layer in norms
+            if isinstance(layer.output, Tensor) and self._depends_on_images(layer.site, layer.output)
+        ]
+
+    def _activations(self) -> list[Split]:
         inputs = [call.producers[0] for call in self.calls if call.name in _ACTIVATIONS and call.producers]
         return [self._split_at(position) for position in dict.fromkeys(inputs) if position >= 0]
 
     def _last_stage(self, points: list[Split]) -> list[Split]:
-        """The points of the network's last stage.
-
-        That is the innermost module which holds all points at the resolution of the last feature map, but for at most
-        one (the head's own normalisation), and mostly such points: ``layer4`` of a ResNet, ``block4`` of BiT with
-        the points where it enters at the resolution before. A flat network has no such module; there it is
-        the points at that resolution.
-        """
         if self._last_map is None:
             return points
-        last_map = self._split_at(self._last_map)
-        points = [point for point in points if self._position(point.site) <= self._position(last_map.site)] or points
-        resolution = self._resolution(last_map)
-        last = [point for point in points if self._resolution(point) == resolution] or points[-1:]
-        holders: list[tuple[int, list[Split]]] = []
-        for name in {layer.name for layer in self._layers if layer.name}:
-            held = [point for point in points if (point.site.module or point.name).startswith(name + ".")]
-            inside = sum(point in last for point in held)
-            if inside and inside >= len(last) - 1 and inside > len(held) - inside:
-                holders.append((len(held), held))
-        return min(holders, key=lambda holder: holder[0])[1] if len(last) > 1 and holders else last
+        feature = self._split_at(self._last_map)
+        end = self._position(feature.site)
+        points = [split for split in points if self._position(split.site) <= end] or points
+        places = [self._point(split) for split in points]
+        chosen = last_stage(places, self._point(feature).positions, (layer.name for layer in self._layers))
+        return [points[i] for i in chosen]
+
+    def _point(self, split: Split) -> Point:
+        positions = split.by_image(self._tensor(split))[0, 0].numel()
+        return Point(split.site.module or split.name, positions)
 
     def positions(self, splits: Iterable[Split]) -> dict[Site, int]:
         """For each split, the tape position of the call whose result it is, if it is one."""
-        made = {id(call.result): position for position, call in reversed(list(enumerate(self.calls)))}
-        found = {split.site: made.get(id(self._tensor(split))) for split in splits}
+        found = {split.site: self._pass.made_by.get(id(self._tensor(split))) for split in splits}
         return {site: position for site, position in found.items() if position is not None}
 
     # ------------------------------------------------------------------ names and sites
 
-    def _layer(self, name: str) -> _Layer:
+    def _layer(self, name: str) -> Layer:
         layer = self._by_name.get(name)
         if layer is not None:
             return layer
@@ -183,13 +215,13 @@ class RecordedNetwork:
     def _some_names(self) -> str:
         return ", ".join([layer.site.name for layer in self._layers if layer.name][-4:])
 
-    def _module_split(self, layer: _Layer) -> Split:
+    def _module_split(self, layer: Layer) -> Split:
         if not isinstance(layer.output, Tensor) or not layer.output.is_floating_point() or layer.output.dim() < 2:
             raise ValueError(
                 f"split point {layer.site.name!r} returns {_describe(layer.output)}, not one floating-point tensor "
                 "(B, channels, ...); name a submodule of it that does"
             )
-        return Split(layer.site, _channel_axis(layer.module, layer.output))
+        return self._split(layer.site, layer.output, layer.module)
 
     def _split_at(self, position: int) -> Split:
         """The split at the result of one torch call, by the name of the outermost module that returns it, if any."""
@@ -202,7 +234,7 @@ class RecordedNetwork:
         kind = self.calls[position].name.strip("_")
         before = sum(call.name == self.calls[position].name for call in self.calls[owner.start : position])
         name = f"{owner.site.name}:{kind}".lstrip(":") + (f"#{before + 1}" if before else "")
-        return Split(Site(name, None, position), _channel_axis(None, result))
+        return self._split(Site(name, None, position), result, None)
 
     def _position(self, site: Site) -> int:
         return site.index if site.module is None else self._by_name[site.name].stop
@@ -213,81 +245,87 @@ class RecordedNetwork:
         assert isinstance(output, Tensor)
         return output
 
-    def _resolution(self, split: Split) -> tuple[int, ...]:
-        shape = list(self._tensor(split).shape[1:])
-        del shape[split.channel_axis - 1]
-        return tuple(shape)
+    # ------------------------------------------------------------------ dimensions
 
-    def _find_last_map(self) -> int | None:
-        """The tape position of the last feature map that has channels and more than one position."""
-        for position in range(len(self.calls) - 1, -1, -1):
-            result = self.calls[position].result
-            if (
-                isinstance(result, Tensor)
-                and result.is_floating_point()
-                and result.dim()
-                and len(result) == self._batch_size
-            ):
-                if sum(length > 1 for length in result.shape[1:]) > 1:
-                    return position
-        return None
+    def _depends_on_images(self, site: Site, tensor: Tensor) -> bool:
+        """Whether the calls show it, or, where they hide it as a scripted function does, the number of rows."""
+        if self._pass.depends_on_images(tensor) or self._with_another is None:
+            return self._pass.depends_on_images(tensor)
+        try:
+            more = self._with_another.at(site)[1]
+        except (StopIteration, IndexError):
+            return False
+        return isinstance(more, Tensor) and more.shape != tensor.shape
+
+    def _split(self, site: Site, tensor: Tensor, module: nn.Module | None) -> Split:
+        if not self._depends_on_images(site, tensor):
+            raise ValueError(f"split point {site.name!r} does not depend on the images; name one that does")
+        rows = self._rows(site, tensor)
+        axis = self._channel_axis(site, tensor, module, rows.axis)
+        if axis == rows.axis:
+            raise ValueError(
+                f"split point {site.name!r}, of shape {tuple(tensor.shape)}, has its batch in dimension {axis}, where "
+                "channels should be; name a module before or behind it that returns (B, channels, ...)"
+            )
+        return Split(site, axis, *rows)
+
+    def _rows(self, site: Site, tensor: Tensor) -> Rows:
+        images, other = len(self._pass.x), self._with_another
+        found: Rows | str = f"its shape is {tuple(tensor.shape)} for {images} image(s)"
+        if other is None or (site.module is None and other.call_names != self.call_names):
+            if len(tensor) == images:
+                found = Rows()  # the network takes no other number of images, or another way for them
+        elif site.module is not None and other.calls_of(site.module) != self._pass.calls_of(site.module):
+            found = "it is called as often as there are images"
+        else:
+            (given, _), (other_given, other_tensor) = self._pass.at(site), other.at(site)
+            found = batch_rows(tensor, other_tensor, images, (given, other_given))
+        if isinstance(found, str):
+            raise ValueError(
+                f"split point {site.name!r}: {found}. Name split points where each image has rows of its own, "
+                "as (B, channels, ...) or (B, tokens, channels), and leave this one out"
+            )
+        return found
+
+    def _channel_axis(self, site: Site, tensor: Tensor, module: nn.Module | None, batch_axis: int) -> int:
+        position = self._pass.made_by.get(id(tensor))
+        carried = None if position is None else self._channel_axes[position]
+        channels = None if module is None else channels_of(module)
+        if channels is None or (carried is not None and tensor.shape[carried] == channels):
+            return usual_channel_axis(tensor.dim()) if carried is None else carried
+        fitting = [axis for axis, length in enumerate(tensor.shape) if length == channels and axis != batch_axis]
+        if len(fitting) == 1:
+            return fitting[0]
+        raise ValueError(
+            f"split point {site.name!r} normalises {channels} channels and returns shape {tuple(tensor.shape)}: "
+            f"{'none' if not fitting else 'more than one'} of its dimensions can be these; name another module "
+            "in splits, for instance the one that it follows"
+        )
 
 
 def record_network(net: nn.Module, x: Tensor) -> tuple[RecordedNetwork, Tensor]:
-    """Runs ``net`` once on ``x`` (B, C, H, W) and returns what it did, with its output."""
-    tape = Tape(net)
-    layers: list[_Layer] = []
-    visits: Counter[str] = Counter()
-    starts: list[int] = []
+    """Runs ``net`` on ``x`` (B, C, H, W), and on one image more; returns what it did and its output for ``x``.
 
-    def enter(module: nn.Module, args: object) -> None:
-        starts.append(len(tape.calls))
-
-    def leave_as(name: str):  # type: ignore[no-untyped-def]
-        def leave(module: nn.Module, args: object, output: object) -> None:
-            visits[name] += 1
-            output = tape.current(output) if isinstance(output, Tensor) else output
-            layers.append(_Layer(name, visits[name], module, output, starts.pop(), len(tape.calls)))
-
-        return leave
-
-    handles = []
+    What grows with the number of images is the batch. The further image is the first one flipped, at half its contrast
+    and on a ramp, so that no view which the network takes of one of them is a view of the other.
+    """
+    recorded = record_pass(net, x)
+    another = x[:1].flip(-1) / 2 + torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
     try:
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave_as(name)))
-        with torch.no_grad():
-            output = tape.record(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return RecordedNetwork(net, tape, layers, len(x)), output
+        with_another: Pass | None = record_pass(net, torch.cat([x, another]))
+    except Exception:  # whatever it is, the network does take x
+        with_another = None
+    return RecordedNetwork(net, recorded, with_another), recorded.output
 
 
-_NORMALISATIONS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,  # batch and instance norms
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
 _ACTIVATIONS = frozenset(
     ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "softplus", "gelu", "silu")
 ) | {"mish", "hardswish", "sigmoid", "tanh"}
 
 
-def _is_normalisation(module: nn.Module) -> bool:
-    """Whether the module normalises: torch's own classes, and others that are named so (FrozenBatchNorm2d, RMSNorm)."""
-    named_so = type(module).__name__.rstrip("123d").endswith("Norm")
-    return isinstance(module, _NORMALISATIONS) or (named_so and not any(True for _ in module.children()))
-
-
-def _channel_axis(module: nn.Module | None, tensor: Tensor) -> int:
-    """Which dimension counts channels: the last of tokens (B, N, D), as layer norms say, and dimension 1 otherwise."""
-    if isinstance(module, nn.LayerNorm):
-        # A subclass with a forward of its own (torchvision's LayerNorm2d) permutes channels to the back and back.
-        return tensor.dim() - 1 if type(module).forward is nn.LayerNorm.forward else 1
-    if module is not None and _is_normalisation(module) and tensor.dim() == 3 and isinstance(module, _NORMALISATIONS):
-        return 1
-    return tensor.dim() - 1 if tensor.dim() == 3 else 1
+def _items(wanted: str | Sequence[str]) -> list[str]:
+    """The names that an option gives, as a list or separated by commas."""
+    return [item.strip() for item in (wanted.split(",") if isinstance(wanted, str) else wanted) if item.strip()]
 
 
 def _describe(output: object) -> str:

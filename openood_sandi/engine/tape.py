@@ -249,6 +249,11 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         if func is torch._C._set_grad_enabled:
             return self._regions.switch(*args)
+        if torch.is_inference_mode_enabled():
+            raise ReplayError(
+                f"the network computes under torch.inference_mode() ({_name(func)!r}), where there are no gradients; "
+                "remove it from the network's forward, or use torch.no_grad() where only parameters are to be frozen"
+            )
         if not self._regions.inside:
             return self._call(func, args, kwargs or {})
         with torch.enable_grad():
@@ -339,7 +344,7 @@ class Tape(TorchFunctionMode):
                 raise
             raise ReplayError(
                 f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
-                f"at once ({error}); choose split points behind it, or write it with calls of a fixed result's shape"
+                f"at once ({error}); choose split points behind it, or write it with a result of one shape for them all"
             ) from error
 
 

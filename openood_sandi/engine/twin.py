@@ -111,7 +111,7 @@ class Twin:
 
     def _update(self) -> None:
         """Makes the twin anew if there is none, or the original is another than it was made from."""
-        if self._original is not None and _unchanged(self._original):
+        if self._original is not None and self._original.unchanged():
             return
         for _ in range(_ATTEMPTS):
             self._original = self._copied = None
@@ -128,17 +128,17 @@ class Twin:
                 except Exception as error:  # whatever an object's own way of being copied raises
                     self._why = f"it cannot be copied ({type(error).__name__}: {error})"
             self._original = original
-            if _unchanged(original):
+            if original.unchanged():
                 break
         if self._why:
             _log.info("the network itself is run, one batch at a time, for want of a copy: %s", self._why)
 
     def _clean_up(self, copied: _Copied) -> None:
         """Undoes what the batch's passes left on the twin; tensors are refreshed before the next."""
-        if _unchanged(copied.contents):
+        if copied.contents.unchanged():
             return
         copied.contents.restore()
-        if not _unchanged(copied.contents):  # a parameter's .data
+        if not copied.contents.unchanged():  # a parameter's .data
             self._original = self._copied = None
 
     def _weights(self) -> list[int | None]:
@@ -165,8 +165,7 @@ class _Copied:
         for module in self.net.modules():
             vars(module).pop("_compiled_call_impl", None)  # net.compile(): the eager forward is what can be split
         tame(self.net)
-        self.contents = Contents(self.net)
-        self.mirror = Mirror(pairs)
+        self.contents, self.mirror = Contents(self.net), Mirror(pairs)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -183,14 +182,10 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 def _scripted_pairs(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The tensors of a TorchScript module, which copies itself, with their copies."""
-    target.requires_grad_(False)
-    parameters = zip(source.parameters(), target.parameters(), strict=True)
+    parameters = list(zip(source.parameters(), target.parameters(), strict=True))
+    for _, copied in parameters:
+        copied.requires_grad_(False)
     return [*parameters, *zip(source.buffers(), target.buffers(), strict=True)]
-
-
-def _unchanged(contents: Contents) -> bool:
-    with torch._C.DisableTorchFunction():  # addresses and counts are read: no call of a network's
-        return contents.unchanged()
 
 
 class Snapshot:
@@ -198,15 +193,18 @@ class Snapshot:
 
     def __init__(self, net: nn.Module) -> None:
         self._contents = Contents(net)
-        written = [tensor for tensor in self._contents.tensors if not isinstance(tensor, nn.Parameter)]
+        kept = (t for t in self._contents.tensors if not isinstance(t, nn.Parameter) and not t.is_inference())
         with torch.no_grad():
-            self._mirror = Mirror([(tensor.detach().clone(), tensor) for tensor in written])
+            self._values = [(tensor, tensor.detach().clone()) for tensor in kept]
 
     def restore(self) -> None:
-        """Puts back what was replaced, and copies back what was written to."""
-        if not _unchanged(self._contents):
+        """Puts back what was replaced, and copies back what was written to: other threads may be using the rest."""
+        if not self._contents.unchanged():
             self._contents.restore()
-        self._mirror.refresh()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor, value in self._values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from openood_sandi.engine import lanes
 from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.memory import is_out_of_memory
 
 __all__ = ["require_recorded", "tells_of_form"]
 
@@ -43,6 +44,8 @@ def require_recorded(
             if not _same(func(*lane_args, **lane_kwargs), recorded):
                 raise ReplayError("it differs from one perturbed copy to the next")
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ReplayError(
             f"the network turns a perturbed tensor into Python data ({name}): {error}; "
             f"keep it a tensor in the network's forward, or choose split points behind that place"

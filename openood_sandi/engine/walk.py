@@ -141,7 +141,7 @@ def _clean_pass(tape: Tape, x: Tensor, tap: Tap, observer: Observer, kept: bool)
         return tape.watch(x, tap, observer.call)
     logits = tape.record(x, tap)
     if tape.sites and not logits.requires_grad:
-        raise ReplayError(
+        raise ValueError(
             f"the network's logits have no gradient at the split points ({tape.sites[0].name!r} and others): its "
             "forward detaches them or runs under inference_mode; pass a network that returns logits with their gradient"
         )

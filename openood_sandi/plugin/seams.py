@@ -20,18 +20,31 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openood_sandi import startup
 from openood_sandi.plugin import command_line, registry, standins, without_gpu
 
+if TYPE_CHECKING:
+    from openood_sandi.detectors.info import DetectorInfo
 
-def register() -> None:
+
+def register(info: DetectorInfo | None = None) -> None:
     """Make OpenOOD know the installed postprocessors, as the start-up file does; also after OpenOOD's import.
 
     Needed only where Python does not read start-up files (``PYTHONPATH``, ``pip install --target``, ``python
-    -S``) or where ``OPENOOD_SANDI_DISABLE`` keeps them from acting. Calling it again changes nothing.
+    -S``), where ``OPENOOD_SANDI_DISABLE`` keeps them from acting, or for a detector that no installed package offers
+    by an entry point. Calling it again changes nothing.
+
+    Args:
+        info: a detector to offer, in this process, beside the installed ones. Its yml file is
+            ``configs/postprocessors/<name>.yml`` in its package, or beside its package or module.
+
+    Raises:
+        ValueError: another detector is offered under the name of ``info``.
     """
+    if info is not None:
+        registry.add(info)
     startup.install()
     for name in SEAMS:
         if name in sys.modules:

@@ -1,29 +1,28 @@
 """OpenOOD under ``torchrun``: the ranks share the images, and rank 0 alone prints and writes.
 
 OpenOOD knows ranks only where it has started them itself; here every rank runs all of its code. What costs time,
-scoring and counting hits, goes through :func:`openood_sandi.runs.score.infer`, whose results all ranks have, so each
-computes the same metrics. Ranks above 0 print nothing, and what OpenOOD's own files write there goes nowhere; files
-that are not OpenOOD's never notice. Errors go to standard error on every rank. Without ``torchrun`` nothing is changed.
+scoring and counting hits, goes through :func:`openood_sandi.score_dataset`, whose results all ranks have, so each
+computes the same metrics. Ranks above 0 print nothing, and OpenOOD's own scripts write to temporary folders there
+(:mod:`openood_sandi.plugin.own_folders`). Errors go to standard error on every rank. Without ``torchrun`` nothing is
+changed.
 """
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openood_sandi.plugin.without_gpu import called_by_openood
+from openood_sandi.plugin import own_folders
 from openood_sandi.runs import keys, ranks
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 
 #: How long ranks wait for the one that downloads what is missing.
 _DOWNLOAD = timedelta(days=1)
@@ -43,39 +42,16 @@ def run_main(config: Any) -> None:
             "already, one for each GPU; use --num_gpus 1 --num_machines 1"
         )
     speak_once()
+    if not ranks.is_main_process():
+        own_folders.for_main(config)
 
 
 @functools.cache
 def speak_once() -> None:
-    """Join the ranks; on all but rank 0, print nothing more and have OpenOOD write nothing. Once a process."""
+    """Join the ranks; on all but rank 0, print nothing more. Once a process."""
     ranks.join()
-    if ranks.rank() == 0:
-        return
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-    own_open = builtins.open
-
-    @functools.wraps(own_open)
-    def open_for_reading(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if called_by_openood() and not set(mode).isdisjoint("wax+"):
-            file, mode = os.devnull, mode.replace("x", "w")
-        return own_open(file, mode, *args, **kwargs)
-
-    builtins.open = open_for_reading
-    _leave_out(os, "makedirs")
-    _leave_out(sys.modules["numpy"], "savez")
-    if "pandas" in sys.modules:
-        _leave_out(sys.modules["pandas"].DataFrame, "to_csv")
-
-
-def _leave_out(owner: Any, name: str) -> None:
-    """Have OpenOOD's calls of a function that writes do nothing."""
-    own: Callable[..., Any] = getattr(owner, name)
-
-    @functools.wraps(own)
-    def leave_out(*args: Any, **kwargs: Any) -> Any:
-        return None if called_by_openood() else own(*args, **kwargs)
-
-    setattr(owner, name, leave_out)
+    if not ranks.is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 
 
 def share_inference(postprocessor: Any) -> None:
@@ -83,13 +59,16 @@ def share_inference(postprocessor: Any) -> None:
 
     def inference(self: Any, net: Any, data_loader: Any, progress: bool = True) -> Any:
         score = functools.partial(self.postprocess, net)
-        return infer(score, data_loader, _device(net), key=_key(self, net), progress=progress)
+        return score_dataset(score, data_loader, _device(net), key=_key(self, net), progress=progress)
 
     postprocessor.inference = functools.wraps(postprocessor.inference)(inference)
 
 
 def share_evaluation(module: Any) -> None:
-    """Have the ``Evaluator`` in ``module`` print and write once, count hits in a share, and download once."""
+    """Have the ``Evaluator`` in ``module``, and the script that imports it, print and write once; share the counting of
+    hits, and download once."""
+    if not ranks.is_main_process():
+        own_folders.for_script(sys.modules["__main__"])
     evaluator, own_init, fetch = module.Evaluator, module.Evaluator.__init__, module.data_setup
 
     @functools.wraps(own_init)
@@ -112,7 +91,7 @@ def share_evaluation(module: Any) -> None:
             return pred, pred
 
         self.net.eval()
-        pred, _, label = infer(predict, data_loader, _device(self.net), progress=progress, description=msg)
+        pred, _, label = score_dataset(predict, data_loader, _device(self.net), progress=progress and msg)
         return torch.from_numpy(pred), torch.from_numpy(label)
 
     evaluator.__init__ = __init__

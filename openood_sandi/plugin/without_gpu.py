@@ -46,11 +46,11 @@ def _keep_in_place(owner: Any) -> None:
 
 def called_by_openood() -> bool:
     """Whether the caller of the function that asks is in a file of OpenOOD's."""
-    return _is_openood(sys._getframe(2).f_globals.get("__file__") or "")
+    return is_openood(sys._getframe(2).f_globals.get("__file__") or "")
 
 
 @functools.cache
-def _is_openood(file: str) -> bool:
+def is_openood(file: str) -> bool:
     """Whether ``file`` belongs to OpenOOD: its package, or the scripts beside it."""
     package = os.path.dirname(os.path.realpath(sys.modules["openood"].__file__ or ""))
     scripts = os.path.join(os.path.dirname(package), "scripts")

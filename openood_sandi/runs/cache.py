@@ -13,9 +13,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from openood_sandi.runs import files
 from openood_sandi.runs.unreadable import Unreadable
 
 __all__ = ["BatchScores", "Entry", "ScoreCache"]
@@ -130,8 +129,7 @@ class Entry:
         if path == before:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_durably(path, content)
+            files.replace(path, content)
             self._own = path
             if before is not None:
                 before.unlink(missing_ok=True)
@@ -241,18 +239,3 @@ def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
         number: BatchScores(pred, score, label, tuple(unreadable[number]))
         for number, pred, score, label in zip(numbers, *columns, strict=True)
     }
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file that exists either completely, also after a power cut, or not at all."""
-    stem = path.name.partition(".")[0]
-    temporary = path.with_name(f"{stem}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

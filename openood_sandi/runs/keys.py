@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-__all__ = ["Indescribable", "arithmetic", "code", "images", "network", "state"]
+__all__ = ["Indescribable", "arithmetic", "code", "images", "network", "score_key", "state"]
 
 #: Packages that :func:`code` tells by their versions, and the names that these are installed under.
 _VERSIONED = {"torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "PIL": "pillow"}
@@ -34,6 +34,26 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 class Indescribable(ValueError):
     """Something that may decide scores cannot be described; the message names it."""
+
+
+def score_key(
+    method: str, options: Mapping[str, object], net: nn.Module, dataset: Any, **others: object
+) -> dict[str, object]:
+    """What decides a method's scores of a data set, for :func:`openood_sandi.score_dataset`, which adds this package's
+    code, the order of the images, device and arithmetic.
+
+    Args:
+        method: its name.
+        options: its options.
+        net: the classifier.
+        dataset: the images, as :func:`images` takes them.
+        others: whatever else decides, such as JSON takes: what the method was fitted to, other people's versions.
+
+    Raises:
+        Indescribable: the network or the images cannot be told from others.
+    """
+    shown = {name: repr(value) for name, value in sorted(options.items())}
+    return {"method": method, "options": shown, "network": network(net), "images": images(dataset), **others}
 
 
 def network(net: nn.Module) -> str:
@@ -85,8 +105,9 @@ def code() -> str:
         digest.update(f"{name} {_version(name)}\n".encode())
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
-        name = file.relative_to(package).as_posix()
-        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(
+            f"{file.relative_to(package).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()
 
 

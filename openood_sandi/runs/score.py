@@ -24,7 +24,7 @@ from openood_sandi.runs.batches import is_fixed, order_of, share_of
 from openood_sandi.runs.cache import BatchScores, Entry, ScoreCache
 from openood_sandi.runs.unreadable import Batch, Unreadable, name_without_score, record
 
-__all__ = ["Scorer", "infer"]
+__all__ = ["Scorer", "score_dataset"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +34,15 @@ Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 _KEPT_ON_DEVICE = 64
 
 
-def infer(
+def score_dataset(
     score: Scorer,
     loader: Iterable[Any],
     device: torch.device | str,
     *,
-    cache: ScoreCache | None = None,
     key: Mapping[str, object] | None = None,
-    progress: bool = True,
-    description: str = "",
+    cache: ScoreCache | None = None,
     unreadable: str = "stop",
+    progress: bool | str = True,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Score every image of a loader.
 
@@ -57,15 +56,15 @@ def infer(
         loader: a ``DataLoader``, or any iterable, of batches {"data": images, "label": classes} or (images, classes).
             What is not a plain ``DataLoader`` of a map-style data set is iterated in full by every rank.
         device: where ``score`` expects its images.
+        key: what decides the scores, as :func:`openood_sandi.runs.keys.score_key` gives it: names and values, such as
+            JSON takes. This package's code, the order of the images, the kind of device and its arithmetic are added.
+            Needed with a cache; ranks whose keys differ in anything but "images" are refused.
         cache: where finished batches are kept. It needs a loader whose order is fixed; with another one (shuffled,
             or a plain iterable) it is left unused, and the log says so.
-        key: names and values, such as JSON takes, of what decides the scores: the method and its options, the weights,
-            the images. This package's code, the order of the images and the kind of device are added. Needed with a
-            cache; ranks whose keys differ in anything but "images" are refused.
-        progress: show a progress bar (on rank 0, and with tqdm installed).
-        description: the bar's, and the data set's name in messages.
         unreadable: "stop" at an image that cannot be read, or "skip" it: it is then missing in the results, and named
             in the log and, with ``cache``, in a file beside the scores. For a plain ``DataLoader`` only.
+        progress: show a progress bar, on rank 0 and with tqdm installed; a string is its title, and the data set's name
+            in messages.
 
     Returns:
         Predicted classes (N,) int64, scores (N,) in their own dtype, labels (N,) int64, in the loader's order.
@@ -76,51 +75,77 @@ def infer(
         RuntimeError: another rank has failed, or scores something else.
     """
     ranks.join()
-    device = torch.device(device)
-    order = order_of(loader)
-    entry = _entry(cache, key, loader, order, device, unreadable, description)
-    found: dict[int, BatchScores] = {}
-    task = _task(key, order)
-    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else {})):
-        _require_same(theirs, task)
-        found |= elsewhere  # ranks may be on machines with folders of their own
+    device, order = torch.device(device), order_of(loader)
+    title = progress if isinstance(progress, str) else ""
+    entry = None
+    if cache is not None and _can_be_cached(key, loader, order, title):
+        entry = cache.entry(ranks.broadcast("key", _whole(key or {}, order, device, unreadable)))
+    known = _known(_task(key, order), entry)
 
     started = time.monotonic()
+    mine = _Mine(entry)
     count = len(order or ())
-    scored: dict[int, BatchScores] = {}
-    pending: list[tuple[int, tuple[Tensor, ...], tuple[Unreadable, ...]]] = []
-
-    def settle() -> None:
-        for number, (pred, values, label), unread in pending:
-            scored[number] = BatchScores(_on_host(pred), _on_host(values), _on_host(label), unread)
-        pending.clear()
-        if entry and entry.due:
-            entry.write(scored)
-
     try:
-        shown = functools.partial(_shown, progress=progress, description=description)
-        for number, batch, mine in share_of(loader, order, found, device, unreadable, shown):
+        bar = functools.partial(_shown, progress=progress, title=title)
+        for number, batch, is_mine in share_of(loader, order, known, device, unreadable, bar):
             count = max(count, number + 1)
-            if mine or number == 0:
-                results = _scored(score, batch, device)
-                if mine:
-                    pending.append((number, results, batch.unreadable))  # not the images
-            if len(pending) == _KEPT_ON_DEVICE or (entry and entry.due):
-                settle()
+            results = _scored(score, batch, device) if is_mine or number == 0 else None
+            if is_mine and results is not None:
+                mine.add(number, results, batch.unreadable)  # not the images
     finally:  # after an error too: what is finished stays
-        settle()
-        if entry:
-            entry.write(scored)
+        mine.settle()
+        mine.write()
 
     patience = timedelta(seconds=time.monotonic() - started)
-    for their_count, elsewhere in ranks.gather("scores", (count, scored), patience):
+    for their_count, elsewhere in ranks.gather("scores", (count, mine.batches), patience):
         _require_same({"number of batches": their_count}, {"number of batches": count})
-        found |= elsewhere
-    pred, values, label = _joined(found, entry, description)
-    if ranks.rank() == 0:
-        unread = [image for number in found for image in found[number].unreadable]
-        name_without_score(values, getattr(loader, "dataset", None), order, unread)
-    return pred, values, label
+        known |= elsewhere
+    return _told(known, entry, loader, order, title)
+
+
+class _Mine:
+    """What this rank has scored. Results stay on the device for a while, so that nothing waits for it."""
+
+    def __init__(self, entry: Entry | None) -> None:
+        self.batches: dict[int, BatchScores] = {}
+        self._entry = entry
+        self._on_device: list[tuple[int, tuple[Tensor, ...], tuple[Unreadable, ...]]] = []
+
+    def add(self, number: int, results: tuple[Tensor, ...], unreadable: tuple[Unreadable, ...]) -> None:
+        """Take in predicted classes, scores and labels of a batch, (n,) each."""
+        self._on_device.append((number, results, unreadable))
+        due = self._entry is not None and self._entry.due
+        if due or len(self._on_device) == _KEPT_ON_DEVICE:
+            self.settle()
+        if due:
+            self.write()
+
+    def settle(self) -> None:
+        """Fetch from the device what is there."""
+        for number, (pred, values, label), unread in self._on_device:
+            self.batches[number] = BatchScores(_on_host(pred), _on_host(values), _on_host(label), unread)
+        self._on_device.clear()
+
+    def write(self) -> None:
+        """Put what has been fetched in the cache, where there is one."""
+        if self._entry is not None:
+            self._entry.write(self.batches)
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def _known(task: Mapping[str, object], entry: Entry | None) -> dict[int, BatchScores]:
+    """The batches that an earlier run has finished, of every rank: they may be on machines with folders of their own.
+
+    Raises:
+        RuntimeError: another rank is about to do something else.
+    """
+    known: dict[int, BatchScores] = {}
+    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else {})):
+        _require_same(theirs, task)
+        known |= elsewhere
+    return known
 
 
 def _task(key: Mapping[str, object] | None, order: list[Any] | None) -> dict[str, object]:
@@ -141,12 +166,15 @@ def _digest(order: list[Any] | None) -> str:
     return hashlib.sha256(repr(order).encode()).hexdigest()
 
 
-def _joined(
-    batches: Mapping[int, BatchScores], entry: Entry | None, description: str
+# ---------------------------------------------------------------------- the results
+
+
+def _told(
+    batches: Mapping[int, BatchScores], entry: Entry | None, loader: Any, order: list[Any] | None, title: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """All results in the loader's order; rank 0 puts them in the cache and tells what could not be read."""
+    """All results in the loader's order; rank 0 puts them in the cache and tells what has no score."""
     if not batches:
-        raise ValueError(f"the loader{description and f' of {description}'} gives no batches; expected images to score")
+        raise ValueError(f"the loader{title and f' of {title}'} gives no batches; expected images to score")
     main = ranks.rank() == 0
     if main and entry:
         entry.complete(batches)
@@ -154,18 +182,20 @@ def _joined(
     if result.unreadable and (main or not len(result.pred)):  # with no image left this is an error, on every rank
         file = entry.beside("unreadable.tsv") if main and entry else None
         record(result.unreadable, len(result.pred) + len(result.unreadable), file)
+    if main:
+        name_without_score(result.score, getattr(loader, "dataset", None), order, result.unreadable)
     return result.pred, result.score, result.label
 
 
-def _shown(batches: Any, progress: bool, description: str) -> Iterable[Any]:
+def _shown(batches: Any, progress: bool | str, title: str) -> Iterable[Any]:
     """``batches`` with a progress bar on rank 0, where tqdm is installed."""
-    if not progress or not ranks.is_main_process():
+    if progress is False or not ranks.is_main_process():
         return batches  # type: ignore[no-any-return]
     try:
         from tqdm import tqdm
     except ImportError:
         return batches  # type: ignore[no-any-return]
-    return tqdm(batches, desc=description or None)  # type: ignore[no-any-return]
+    return tqdm(batches, desc=title or None)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------- a batch
@@ -198,30 +228,22 @@ def _on_host(values: Tensor) -> npt.NDArray[Any]:
 # ---------------------------------------------------------------------- the cache
 
 
-def _entry(
-    cache: ScoreCache | None,
-    key: Mapping[str, object] | None,
-    loader: Any,
-    order: list[Any] | None,
-    device: torch.device,
-    unreadable: str,
-    description: str,
-) -> Entry | None:
-    if cache is None:
-        return None
+def _can_be_cached(key: object, loader: Any, order: list[Any] | None, title: str) -> bool:
+    """Whether the loader's batches are known beforehand; if not, rank 0 says so."""
     if key is None:
         raise ValueError("a cache needs a key: what decides the scores, as the method, its options and the weights")
-    if order is None or not is_fixed(loader):
-        why = "is not a DataLoader over a map-style data set" if order is None else "gives its images in a random order"
-        if ranks.rank() == 0:
-            _log.warning("the score cache is left unused%s: the loader %s", description and f" for {description}", why)
-        return None
-    whole = {
-        **key,
-        "code": keys.code(),
-        "order": _digest(order),
-        "device": device.type,
-        "arithmetic": keys.arithmetic(device),
-        "unreadable": unreadable,
-    }
-    return cache.entry(ranks.broadcast("key", whole))
+    if order is not None and is_fixed(loader):
+        return True
+    why = "is not a DataLoader over a map-style data set" if order is None else "gives its images in a random order"
+    if ranks.rank() == 0:
+        _log.warning("the score cache is left unused%s: the loader %s", title and f" for {title}", why)
+    return False
+
+
+def _whole(
+    key: Mapping[str, object], order: list[Any] | None, device: torch.device, unreadable: str
+) -> dict[str, object]:
+    """The key with what this module knows to decide scores."""
+    arithmetic = keys.arithmetic(device)
+    of_the_run = {"order": _digest(order), "device": device.type, "arithmetic": arithmetic, "unreadable": unreadable}
+    return {**key, "code": keys.code(), **of_the_run}

@@ -102,17 +102,21 @@ class Collate:
 
 
 def name_of(dataset: Any, index: int) -> str:
-    """What item ``index`` is, for people: its file, its line of an OpenOOD list, or its number."""
+    """What item ``index`` is, for people: its file, its line of an OpenOOD list, or its number.
+
+    Files are known of OpenOOD's lists, torchvision's folders, and any data set with ``files``, the paths in order.
+    """
     while isinstance(dataset, (Subset, Readable)):
         index = int(dataset.indices[index]) if isinstance(dataset, Subset) else index
         dataset = dataset.dataset
     lines, samples = getattr(dataset, "imglist", None), getattr(dataset, "samples", None)
+    files = getattr(dataset, "files", None) if samples is None else [path for path, _ in samples]
     if lines is not None and index < len(lines):
         line = str(lines[index]).strip("\n")
         folder = str(getattr(dataset, "data_dir", ""))
         return f"image {os.path.join(folder, line.split(' ', 1)[0])!r} (line {index + 1} of its list, {line!r})"
-    if samples is not None and index < len(samples):
-        return f"image {str(samples[index][0])!r}"
+    if files is not None and index < len(files):
+        return f"image {str(files[index])!r}"
     return f"image {index} of {type(dataset).__name__}"
 
 

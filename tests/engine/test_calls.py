@@ -6,6 +6,7 @@ The right values are those of :mod:`tests.helpers.oracle`: scores, and maps of E
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openood_sandi import SandI
+from openood_sandi.engine import calls, lanes
 from openood_sandi.engine.errors import ReplayError
 from tests.helpers import call_forms
 from tests.helpers.cases import prepared
 from tests.helpers.no_grad_networks import FROZEN, STOPPED, UNCLEAR, Inside
 from tests.helpers.oracle import Options, Reference
-from tests.helpers.trap_networks import WIDTH, Block
+from tests.helpers.trap_networks import TRAPS, WIDTH, Block
 
 SPLITS = ("norm0", "norm1", "norm9")
 STEP = 0.05
@@ -54,6 +57,47 @@ def assert_refused(make: type[nn.Module], name: str, splits: tuple[str, ...] = S
     assert name in str(refusal.value)
 
 
+def perturbed(clean: Tensor) -> Tensor:
+    """Two lanes of a clean tensor."""
+    return lanes.join(lanes.join(clean, 0, clean + 1), 1, clean + 2)
+
+
+class Count(TorchDispatchMode):
+    """Counts torch's own calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("func, args", [(torch.relu, ()), (torch.add, (torch.ones(4),)), (torch.add, (None,))])
+def test_the_form_of_results_is_checked_without_a_call(func: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+    """Torch is called as often as for an ordinary tensor: once."""
+    clean, copies = torch.randn(3, 4), perturbed(torch.randn(3, 4))
+    with Count() as count:
+        calls.call(func, (copies, *(copies if arg is None else arg for arg in args)), {}, clean)
+    assert count.calls == [func.__name__]
+
+
+@pytest.mark.parametrize("recorded", [torch.zeros(3), torch.zeros(3, 1), torch.zeros(3, 4).double()])
+@pytest.mark.parametrize("func", [torch.relu, torch.sinh])
+def test_a_result_of_another_form_than_recorded_is_an_error(func: Callable[[Tensor], Tensor], recorded: Any) -> None:
+    with pytest.raises(ValueError, match=r"due"):
+        calls.call(func, (perturbed(torch.randn(3, 4)),), {}, recorded)
+
+
+def test_strides_are_those_of_the_recorded_tensor() -> None:
+    """Copies may lie in memory otherwise than it."""
+    clean = torch.randn(3, 4)
+    copies = torch.stack([clean + 1, clean + 2]).mT.contiguous().mT
+    lanes.tag(copies, (0, 1), clean)
+    assert torch.equal(calls.call(torch.as_strided, (copies, (3, 4), (4, 1)), {}, clean), copies)
+
+
 def every(table: dict[str, call_forms.Form]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("form", table.values(), ids=table)
 
@@ -66,6 +110,15 @@ def test_operands(form: call_forms.Form) -> None:
 @every(call_forms.LAYOUTS)
 def test_memory_formats(form: call_forms.Form) -> None:
     assert_right(block(form))
+
+
+@pytest.mark.parametrize("name", ["Attention", "Branches", "Grouped", "SliceWrites", "Functional", "Upsampling"])
+def test_autocast_reaches_every_call(name: str) -> None:
+    """Results of another dtype than the recorded ones would be refused."""
+    net, x = prepared(TRAPS[name])
+    with torch.autocast("cpu", torch.bfloat16):
+        tau = SandI(net.float(), variant="Z", steps=3, rectifier_shortcut=False)(x.float())[1]
+    assert tau.isfinite().all()
 
 
 @every(call_forms.WRITES)
@@ -190,17 +243,24 @@ def test_a_last_batch_of_one_that_is_squeezed_away(variant: str) -> None:
 @pytest.mark.parametrize("network", STOPPED, ids=lambda network: network.__name__)
 def test_gradients_stopped_on_purpose(network: type[nn.Module]) -> None:
     """As in the network itself, whose gradient the reference takes."""
-    assert_right(network, steps=3)
+    for steps in (1, 3):
+        assert_right(network, steps=steps)
 
 
 @pytest.mark.parametrize("network", FROZEN, ids=lambda network: network.__name__)
 def test_a_frozen_stem_is_the_same_function(network: type[Inside]) -> None:
-    assert_right(network, ("norm0", "norm2", "norm1", "norm9"), plain=network.without_no_grad(), steps=3)
+    for steps in (1, 3):
+        assert_right(network, ("norm0", "norm2", "norm1", "norm9"), plain=network.without_no_grad(), steps=steps)
 
 
 @pytest.mark.parametrize("network", UNCLEAR, ids=lambda network: network.__name__)
 def test_what_no_grad_leaves_unclear_is_refused(network: type[nn.Module]) -> None:
     assert_refused(network, "no_grad", ("norm0", "norm2", "norm1", "norm9"))
+
+
+def test_a_forward_without_gradients_is_refused() -> None:
+    network = type("WithoutGradients", (Block,), {"forward": torch.inference_mode()(Block.forward)})
+    assert_refused(network, "inference_mode")
 
 
 def test_a_network_that_disables_gradients_for_good() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from openood_sandi import SandI
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 from tests.detectors.test_real_images import CHECKPOINT, ResNet20, load
 from tests.detectors.test_real_images import pytestmark as needs_real_images
 from tests.helpers import networks
@@ -109,7 +109,9 @@ def test_the_number_of_loading_processes_does_not_matter() -> None:
     net = build(case).float()
     data = TensorDataset(torch.cat([images(case, seed=seed) for seed in range(4)]).float(), torch.arange(12))
     runs = [
-        infer(SandI(net, variant="Z"), DataLoader(data, batch_size=5, num_workers=workers), "cpu", progress=False)
+        score_dataset(
+            SandI(net, variant="Z"), DataLoader(data, batch_size=5, num_workers=workers), "cpu", progress=False
+        )
         for workers in (0, 2)
     ]
     for run in runs[1:]:

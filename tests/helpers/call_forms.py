@@ -102,6 +102,15 @@ LAYOUTS: dict[str, Form] = {
     "clone": lambda x, y: torch.clone(y, memory_format=torch.channels_last) + x,
     "zeros_like": lambda x, y: torch.zeros_like(y, memory_format=torch.channels_last) + x * y,
     "empty_like": lambda x, y: torch.empty_like(y, memory_format=torch.contiguous_format).copy_(x) * y,
+    "strides": lambda x, y: (
+        (lambda t: t.as_strided(t.shape, t.stride()))(F.conv2d(y, torch.ones(8, 8, 1, 1).to(y)).mT) * x
+    ),
+    "strides from a place on": lambda x, y: (
+        torch.as_strided(y.contiguous(), size=(len(y), 7, 8, 8), stride=(512, 64, 8, 1), storage_offset=64).mean(1)[
+            :, None
+        ]
+        + x
+    ),
     "preserve": lambda x, y: y.clone(memory_format=torch.preserve_format).double(memory_format=torch.channels_last),
 }
 
@@ -119,7 +128,7 @@ WRITES: dict[str, Form] = {
     "behind a slice, value": _set(lambda t: (slice(None), t.mean((0, 2, 3)) > 0), lambda x, y: x.mean(1, keepdim=True)),
     "behind an ellipsis": _set(lambda t: (..., t.mean((0, 1, 2)) > 0.0), lambda x, y: x.mean(-1, keepdim=True)),
     "with an integer": _set(lambda t: (slice(None), 2, t.mean((0, 1)) > 0.0), lambda x, y: 0.4),
-    "before a slice": _set(lambda t: (t.mean((2, 3)) > 0.1, slice(None, None, 2)), lambda x, y: 0.5),
+    "before a slice": _set(lambda t: (t.mean((1, 2, 3)) > 0.0, slice(None), slice(None, None, 2)), lambda x, y: 0.5),
     "a number of dimension 0": _set(lambda t: t.mean() > 0, lambda x, y: 0.5),
     "integers": _set(lambda t: (torch.arange(len(t)), t.mean((2, 3)).argmax(1)), lambda x, y: x[:, 0]),
     "integers, scalar": _set(lambda t: (slice(None), t.mean((0, 2, 3)).topk(2).indices), lambda x, y: 0.5),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 
 IMAGES, BATCH = 37, 4  # the last batch has one image
 KEY = {"method": "linear", "weights": "0" * 64}
@@ -54,7 +54,7 @@ class Linear:
 def run(score: Any, folder: Path | None = None, data: Any = None, seconds: float = 10.0, **options: Any) -> Any:
     if folder is not None:
         options = {"cache": ScoreCache(folder, seconds), "key": KEY, **options}
-    return infer(score, loader() if data is None else data, "cpu", progress=False, **options)
+    return score_dataset(score, loader() if data is None else data, "cpu", **{"progress": False, **options})
 
 
 def as_bytes(result: Any) -> list[tuple[str, bytes]]:

@@ -186,4 +186,11 @@ class InPlaceInside(Inside):
         return y + x
 
 
-UNCLEAR: list[type[nn.Module]] = [SplitInside, FrozenAndUsedAgain, InPlaceInside]
+class Inference(Inside):
+    def middle(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = self.second(x).clone()
+        return super().middle(x.clone())
+
+
+UNCLEAR: list[type[nn.Module]] = [SplitInside, FrozenAndUsedAgain, InPlaceInside, Inference]

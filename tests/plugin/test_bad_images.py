@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 from openood_sandi.runs.unreadable import Readable, UnreadableImage, name_of
 
 COUNT, BAD = 7, 4
@@ -86,7 +86,7 @@ def test_stop_names_the_image(damaged: Callable[..., Any], damage: Callable[...,
     loader = DataLoader(damaged(damage, suffix), batch_size=3)
     name = "" if damage is DAMAGES["blank line"] else f"{BAD}.{suffix}"
     with pytest.raises(UnreadableImage, match=rf"{name}.*line {BAD + 1} of its list.*'skip'"):
-        infer(score, loader, "cpu", progress=False)
+        score_dataset(score, loader, "cpu", progress=False)
     assert ImageFile.LOAD_TRUNCATED_IMAGES, "OpenOOD's setting is its own"
 
 
@@ -102,13 +102,15 @@ def test_skip_leaves_it_out_and_records_it(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    good = infer(score, DataLoader(damaged(lambda file, line: line), batch_size=3), "cpu", progress=False)
+    good = score_dataset(score, DataLoader(damaged(lambda file, line: line), batch_size=3), "cpu", progress=False)
     loader = DataLoader(damaged(damage), batch_size=3, num_workers=workers)
     cache = ScoreCache(tmp_path / "cache")
     caplog.set_level(logging.WARNING, "openood_sandi")
     kept = [number for number in range(COUNT) if number != BAD]
     for _ in range(2):  # the second time from the cache
-        found = infer(score, loader, "cpu", progress=False, unreadable="skip", cache=cache, key={"what": "test"})
+        found = score_dataset(
+            score, loader, "cpu", progress=False, unreadable="skip", cache=cache, key={"what": "test"}
+        )
         for ours, all_of_them in zip(found, good, strict=True):
             assert np.array_equal(ours, all_of_them[kept])
     told = [record.getMessage() for record in caplog.records if record.name.startswith("openood_sandi")]
@@ -135,10 +137,10 @@ def test_an_image_without_a_score_is_named(damaged: Callable[..., Any], caplog: 
         pred, values = score(images)
         return pred, values.masked_fill(values == expected[5], float("nan"))
 
-    expected = torch.from_numpy(infer(score, DataLoader(damaged(remove), 1), "cpu", unreadable="skip")[1])
+    expected = torch.from_numpy(score_dataset(score, DataLoader(damaged(remove), 1), "cpu", unreadable="skip")[1])
     expected = torch.cat([expected[:BAD], torch.zeros(1), expected[BAD:]])
     caplog.clear()
-    scores = infer(no_score_for_5, DataLoader(damaged(remove), 3), "cpu", progress=False, unreadable="skip")[1]
+    scores = score_dataset(no_score_for_5, DataLoader(damaged(remove), 3), "cpu", progress=False, unreadable="skip")[1]
     assert np.isnan(scores).tolist() == [False] * 4 + [True, False]
     (told,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
     assert "1 of 6 images" in told and "5.png" in told and "line 6 of its list" in told
@@ -148,7 +150,7 @@ def test_a_set_of_nothing_but_unreadable_images(damaged: Callable[..., Any]) -> 
     data = damaged(remove)
     data.data_dir = "/nowhere"
     with pytest.raises(UnreadableImage, match=r"none of the 7 images.*/nowhere/0\.png"):
-        infer(score, DataLoader(data, batch_size=3), "cpu", progress=False, unreadable="skip")
+        score_dataset(score, DataLoader(data, batch_size=3), "cpu", progress=False, unreadable="skip")
 
 
 def test_trouble_of_the_machine_is_not_a_bad_image() -> None:
@@ -166,5 +168,8 @@ def test_trouble_of_the_machine_is_not_a_bad_image() -> None:
 def test_names_reach_through_subsets(damaged: Callable[..., Any]) -> None:
     data = torch.utils.data.Subset(damaged(remove), [5, BAD])
     assert f"{BAD}.png" in name_of(data, 1)
+    listed: Any = torch.utils.data.TensorDataset(torch.zeros(2))
+    listed.files = [Path("a.png"), Path("b.png")]
+    assert name_of(Readable(listed), 1) == "image 'b.png'"
     with pytest.raises(ValueError, match="unreadable='ignore'"):
         Readable(data, "ignore")

@@ -184,7 +184,8 @@ def test_a_dictionary_of_networks_is_refused(checkout: Path) -> None:
 
 
 def test_yml_carries_every_option_typed(checkout: Path) -> None:
-    from openood_sandi.postprocessor import SandIPostprocessor, options_of
+    from openood_sandi.detectors.options import options_of
+    from openood_sandi.postprocessor import SandIPostprocessor
 
     settings = config(checkout)
     of_the_run = {"cache_dir": "", "unreadable": "stop"}

@@ -34,7 +34,8 @@ values = st.one_of(
 def test_any_value(checkout: Path, tmp_path: Path, data: st.DataObject) -> None:
     from openood.utils.config import Config
 
-    from openood_sandi.postprocessor import SandIPostprocessor, options_of
+    from openood_sandi.detectors.options import options_of
+    from openood_sandi.postprocessor import SandIPostprocessor
 
     name = data.draw(st.sampled_from(list(options_of(SandI))))
     value = data.draw(values)

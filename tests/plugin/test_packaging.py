@@ -36,7 +36,8 @@ def test_wheel_holds_package_configurations_and_start_up_files() -> None:
     assert {"openood_sandi.pth", "openood_sandi.start", "openood_sandi/py.typed"} <= names
     assert {f"openood_sandi/configs/postprocessors/{name}" for name in configurations} <= names
     assert {"sandi.yml", "gaia.yml"} <= configurations
-    modules = {path.name for path in (installation.ROOT / "openood_sandi").glob("*.py")}
+    package = installation.ROOT / "openood_sandi"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     assert {f"openood_sandi/{name}" for name in modules} <= names
     top_level = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top_level == {"openood_sandi", "openood_sandi.pth", "openood_sandi.start"}
@@ -53,6 +54,20 @@ def test_environment_variable_switches_it_off(python: Callable[[], str]) -> None
     code = "import sys; print(sys.meta_path)"
     assert startup.OpenOODFinder.__name__ not in evaluate(python(), code, **{startup.SWITCH: "1"})
     assert startup.OpenOODFinder.__name__ in evaluate(python(), code, **{startup.SWITCH: "0"})
+
+
+@pytest.mark.parametrize(
+    ("value", "active"),
+    [
+        *((value, False) for value in ("1", "true", "True", "yes", "on", " ON ", "anything")),
+        *((value, True) for value in ("0", "false", "False", "no", "off", "OFF", "", " ")),
+    ],
+)
+def test_values_of_the_switch(monkeypatch: pytest.MonkeyPatch, value: str, active: bool) -> None:
+    monkeypatch.setenv(startup.SWITCH, value)
+    monkeypatch.setattr(sys, "meta_path", [])
+    startup.activate()
+    assert (startup.OpenOODFinder in sys.meta_path) == active
 
 
 def test_start_up_imports_nothing_but_itself() -> None:
@@ -80,7 +95,28 @@ def test_entry_points_and_configurations_are_found(python: Callable[[], str]) ->
         "    print(entry.name, entry.value, registry.config_file(entry.name).is_file())"
     )
     lines = set(evaluate(python(), code).splitlines())
-    assert {f"{name} {value} True" for name, value in registry.OWN.items()} <= lines
+    own = {name: f"openood_sandi.postprocessor:{own}" for name, (_, own) in registry.DETECTORS.items()}
+    assert {f"{name} {value} True" for name, value in own.items()} <= lines
+
+
+def test_description_and_classes_come_from_the_detectors() -> None:
+    code = (
+        "import sys\n"
+        "from importlib import metadata\n"
+        "print(metadata.metadata('openood-sandi')['Summary'])\n"
+        "print('torch' in sys.modules)"
+    )
+    summary, torch_imported = evaluate(installation.wheel_python(), code).splitlines()
+    assert summary == "Out-of-distribution detection for OpenOOD: S&I, GAIA, GSC and Prototype Fusion"
+    assert torch_imported == "False"
+
+
+def test_public_names_load_when_first_used() -> None:
+    for name in openood_sandi.__all__:
+        assert getattr(openood_sandi, name) is not None, name
+    assert {*openood_sandi.__all__} == {*openood_sandi._HOMES, "__version__"} == {*dir(openood_sandi)}
+    with pytest.raises(AttributeError, match="has no attribute 'sandi'"):
+        _ = openood_sandi.sandi
 
 
 def test_a_removed_package_leaves_python_silent() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 from openood_sandi.runs.unreadable import UnreadableImage
 from tests.helpers import tiny
 from tests.helpers.loaders import as_bytes
@@ -50,9 +50,9 @@ def score(folder: Path, monkeypatch: pytest.MonkeyPatch, net: Any = None, **opti
     seen = []
 
     def counting(scorer: Any, *args: Any, **kwargs: Any) -> Any:
-        return infer(lambda images: seen.append(len(images)) or scorer(images), *args, **kwargs)
+        return score_dataset(lambda images: seen.append(len(images)) or scorer(images), *args, **kwargs)
 
-    monkeypatch.setattr(postprocessor, "infer", counting)
+    monkeypatch.setattr(postprocessor, "score_dataset", counting)
     batch_size = options.pop("batch_size", 1)
     gaia = postprocessor.GAIAPostprocessor(config(options.pop("checkout"), "gaia", splits="last_stage", **options))
     return gaia.inference(net or tiny.network(), loader(folder, batch_size), progress=False), len(seen)

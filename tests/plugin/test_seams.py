@@ -106,14 +106,21 @@ def write_package(folder: Path, name: str, entries: str, **files: str) -> None:
 def test_other_packages_join_in_and_a_broken_one_is_left_out(bare_checkout: Path, tmp_path: Path) -> None:
     yml = "postprocessor:\n  name: {}\n  APS_mode: False\n"
     group = "[openood.postprocessors]\n"
-    good = "from openood.postprocessors import BasePostprocessor\nclass Good(BasePostprocessor): pass\n"
+    good = (
+        "from openood.postprocessors import BasePostprocessor\n"
+        "from openood_sandi import DetectorInfo\n"
+        "class Good(BasePostprocessor): pass\n"
+        "class Method:\n  def __init__(self, net, *, share=0.5): pass\n"
+        "INFO = DetectorInfo('described', 'Described', 'good.methods:Method', '', '', '')\n"
+    )
     write_package(
         tmp_path,
         "good",
-        f"{group}inside = good.methods:Good\nbeside = good.methods:Good\n",
+        f"{group}inside = good.methods:Good\nbeside = good.methods:Good\ndescribed = good.methods:INFO\n",
         **{
             "good/methods.py": good,
             "good/configs/postprocessors/inside.yml": yml.format("inside"),
+            "good/configs/postprocessors/described.yml": yml.format("described"),
             "configs/postprocessors/beside.yml": yml.format("beside"),
         },
     )
@@ -126,11 +133,13 @@ def test_other_packages_join_in_and_a_broken_one_is_left_out(bare_checkout: Path
             "broken/configs/postprocessors/broken.yml": yml.format("broken"),
         },
     )
-    code = BY_NAME + "try_both('inside'); try_both('beside'); try_both('sandi'); try_both('broken')"
+    names = "inside", "beside", "sandi", "described", "broken"
+    code = BY_NAME + "; ".join(f"try_both({name!r})" for name in names)
     result = script(bare_checkout, code, PYTHONPATH=str(tmp_path))
     lines = result.stdout.splitlines()
     assert lines[:6] == ["inside Good"] * 2 + ["beside Good"] * 2 + ["sandi SandIPostprocessor"] * 2
+    assert lines[6:8] == ["described MethodPostprocessor"] * 2
     refusal = "the postprocessor 'broken' (broken.methods:Method) does not load: RuntimeError: no such luck"
-    assert lines[6:] == [f"broken ImportError {refusal}"] * 2
+    assert lines[8:] == [f"broken ImportError {refusal}"] * 2
     warnings = [line for line in result.stderr.splitlines() if "Warning" in line and "broken" in line]
     assert len(warnings) == 1 and "no such luck" in warnings[0]

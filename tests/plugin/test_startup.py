@@ -38,7 +38,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "no metadata": removed("*.dist-info"),
     "no start-up module": removed("openood_sandi/startup.py"),
     "no plugin": removed("openood_sandi/plugin/seams.py"),
-    "no modules but the start-up module": removed("openood_sandi/[!s]*.py", "openood_sandi/s[!t]*.py"),
+    "no modules but the start-up module": removed("openood_sandi/[!s]*"),
     "an unreadable start-up module": unreadable,
     "an empty start-up module": broken("startup.py", b""),
     "half a start-up module": broken("startup.py", b"def activate():\n    return (\n"),

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from openood_sandi import SandI
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 from tests.helpers import loaders as runs
 from tests.helpers.loaders import KEY, Linear, as_bytes, run
 
@@ -243,7 +243,7 @@ def test_scores_of_other_weights_options_batches_or_code_are_named_and_not_used(
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(finished, folder)
         cache, scorer, loader = ScoreCache(folder), Linear(), loader or runs.loader()
-        infer(scorer, loader, "cpu", cache=cache, key=key, progress=False, **options)
+        score_dataset(scorer, loader, "cpu", cache=cache, key=key, progress=False, **options)
         assert len(scorer.seen) == len(loader)
         assert not differing or f"{path} has other {differing} and is not used" in caplog.text
 

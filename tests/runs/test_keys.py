@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,22 @@ def test_every_change_of_a_network_changes_its_digest() -> None:
     digests = [changed(lambda net: None), *(changed(change) for change in CHANGES.values())]
     assert len(set(digests)) == len(digests)
     assert changed(lambda net: None) == digests[0]
+
+
+def test_the_key_of_scores_has_every_part() -> None:
+    net, data = runs.network(), runs.images()
+    key = keys.score_key("sandi", {"steps": 2, "splits": ["a"]}, net, data, fitted="x")
+    others = [
+        keys.score_key("gaia", {"steps": 2, "splits": ["a"]}, net, data, fitted="x"),
+        keys.score_key("sandi", {"steps": 3, "splits": ["a"]}, net, data, fitted="x"),
+        keys.score_key("sandi", {"steps": 2, "splits": ["a"]}, net.double(), data, fitted="x"),
+        keys.score_key("sandi", {"steps": 2, "splits": ["a"]}, runs.network(), runs.images(36), fitted="x"),
+        keys.score_key("sandi", {"steps": 2, "splits": ["a"]}, runs.network(), data, fitted="y"),
+    ]
+    differing = [[name for name in key if key[name] != other[name]] for other in others]
+    assert differing == [["method"], ["options"], ["network"], ["images"], ["fitted"]]
+    assert json.loads(json.dumps(key)) == key
+    assert keys.score_key("sandi", {"splits": ["a"], "steps": 2}, runs.network(), data, fitted="x") == key
 
 
 def test_every_change_of_the_images_changes_their_digest() -> None:

@@ -1,4 +1,4 @@
-"""A whole data set through ``infer``: in one process as in a plain loop, over ranks the same bytes; lost ranks."""
+"""A whole data set through ``score_dataset``: as in a plain loop, over ranks the same bytes; lost ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from openood_sandi import SandI
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
+from openood_sandi.runs.score import score_dataset
 from tests.helpers import loaders as runs
 from tests.helpers import rank_cases
 from tests.helpers.loaders import Linear, as_bytes, run
@@ -43,7 +43,7 @@ def test_one_process_gives_what_a_plain_loop_gives(case: str) -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(ValueError, match="the loader of svhn gives no batches"):
-        run(Linear(), data=[], description="svhn")
+        run(Linear(), data=[], progress="svhn")
     with pytest.raises(TypeError, match=r"dict of image, label; expected \{'data'"):
         run(Linear(), data=[{"image": torch.zeros(1, 3, 8, 8), "label": torch.zeros(1)}])
     with pytest.raises(ValueError, match=r"4 images with labels \(4,\) have predictions \(4,\) and scores \(4, 1\)"):
@@ -52,8 +52,8 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 def test_a_cache_needs_a_key_and_an_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="a cache needs a key"):
-        infer(Linear(), runs.loader(), "cpu", cache=ScoreCache(tmp_path))
-    run(Linear(), tmp_path, runs.loader(shuffle=True), description="svhn")
+        score_dataset(Linear(), runs.loader(), "cpu", cache=ScoreCache(tmp_path))
+    run(Linear(), tmp_path, runs.loader(shuffle=True), progress="svhn")
     assert "left unused for svhn: the loader gives its images in a random order" in caplog.text
     run(Linear(), tmp_path, DataLoader(rank_cases.Stream(), batch_size=4))
     assert "the loader is not a DataLoader over a map-style data set" in caplog.text

@@ -24,13 +24,6 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _by_position(tensor: Tensor, channel_axis: int) -> Tensor:
-    """(B, ..., K, ...) as (B, K, positions)."""
-    if channel_axis == 1 and tensor.dim() > 2:
-        return tensor.flatten(2)
-    return tensor.movedim(channel_axis, 1).unsqueeze(-1).flatten(2)
-
-
 def _count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
@@ -53,7 +46,7 @@ class NonZeroDensity(Observer):
     """
 
     def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:
-        self._axes = {split.site: split.channel_axis for split in splits}
+        self._at = {split.site: split for split in splits}
         self._steps = steps
         self._combine = combine if steps > 1 else "count"  # of a single one, all are the same
         self._counts: dict[Site, Tensor] = {}
@@ -65,7 +58,7 @@ class NonZeroDensity(Observer):
 
     def pattern(self, site: Site, mask: Tensor) -> None:
         """Takes in where g_i is not zero, True or 1 there."""
-        mask = _by_position(mask, self._axes[site])
+        mask = self._at[site].by_channel(mask)
         self._sizes[site] = mask.shape[2]
         if self._combine == "count":
             count = _count(mask)
@@ -81,11 +74,11 @@ class NonZeroDensity(Observer):
         if self._combine != "count":
             self._counts = {site: _count(mask) for site, mask in self._masks.items()}
         times = self._steps if self._combine == "count" else 1
-        counts = [self._counts[site] for site in self._axes]
+        counts = [self._counts[site] for site in self._at]
         # converted all at once, as there can be a hundred splits
         every = torch.cat(counts, 1).to(_exact(counts[0].device))
         parts = torch.split(every, [count.shape[1] for count in counts], 1)
-        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._axes, parts, strict=True)}
+        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._at, parts, strict=True)}
 
 
 # Where the log-softmax does not depend on F at all, Eq. 13 has no value; this keeps it finite, and large.
@@ -105,12 +98,12 @@ class ChannelAverage(Observer):
     """
 
     def __init__(self, splits: Sequence[Split], feature: Split, steps: int) -> None:
-        self._axes = {split.site: split.channel_axis for split in (*splits, feature)}
+        self._at = {split.site: split for split in (*splits, feature)}
         self._splits, self._feature, self._steps = splits, feature, steps
         self._sums: dict[Site, Tensor] = {}
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        mean = _by_position(gradient, self._axes[site]).mean(2)
+        mean = self._at[site].by_channel(gradient).mean(2)
         self._sums[site] = self._sums[site].add_(mean) if site in self._sums else mean
 
     def densities(self) -> dict[str, Tensor]:
@@ -134,7 +127,7 @@ class AttributionMaps(Observer):
     wants_motion = True
 
     def __init__(self, splits: Sequence[Split]) -> None:
-        self._axes = {split.site: split.channel_axis for split in splits}
+        self._at = {split.site: split for split in splits}
         self._latest: dict[Site, Tensor] = {}
         self._maps: dict[Site, Tensor] = {}
 
@@ -142,9 +135,14 @@ class AttributionMaps(Observer):
         self._latest[site] = gradient
 
     def motion(self, site: Site, offset: Tensor) -> None:
-        part = (offset * self._latest.pop(site)).sum(self._axes[site])
+        part = self._at[site].by_image(offset * self._latest.pop(site)).sum(1)
         self._maps[site] = self._maps[site].add_(part) if site in self._maps else part
 
     def maps(self) -> dict[str, Tensor]:
         """{split name: (B, R, S)}; tokens have S = 1, vectors R = S = 1."""
-        return {site.name: self._maps[site][(...,) + (None,) * (3 - self._maps[site].dim())] for site in self._axes}
+        return {site.name: _as_map(self._maps[site]) for site in self._at}
+
+
+def _as_map(positions: Tensor) -> Tensor:
+    """(B, *positions) as (B, R, S)."""
+    return positions[(...,) + (None,) * max(0, 3 - positions.dim())].flatten(2)

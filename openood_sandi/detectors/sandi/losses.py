@@ -62,7 +62,7 @@ def channel_average_plan(
             labels = _top(logits.detach(), top_fraction)
         elif top_fraction < 1:
             channels = _top(_channel_slopes(logits, value, feature), top_fraction)
-        inner, outer = top_channels(channels, feature.channel_axis), log_softmax_sum(labels)
+        inner, outer = top_channels(channels, feature), log_softmax_sum(labels)
         if ascent == "max_logit":
             at_split, at_feature = Objective(inner, inner), Objective(outer, outer)
         else:
@@ -78,7 +78,7 @@ def _channel_slopes(logits: Tensor, value: Tensor, feature: Split) -> Tensor:
     (slope,) = torch.autograd.grad(logits.sum(), value, retain_graph=True, allow_unused=True)
     if slope is None:
         raise ValueError(f"the logits do not depend on F ({feature.name!r}); name another module as feature")
-    return slope.movedim(feature.channel_axis, 1).unsqueeze(-1).flatten(2).mean(2)
+    return feature.by_channel(slope).mean(2)
 
 
 def _top(values: Tensor, fraction: float) -> Tensor:
@@ -101,12 +101,12 @@ def cross_entropy(labels: Tensor) -> Loss:
     return loss
 
 
-def top_channels(weights: Tensor, channel_axis: int) -> Loss:
+def top_channels(weights: Tensor, at: Split) -> Loss:
     """F's mean over positions, summed over its channels with ``weights`` (B, K) of 0 or 1 (Eq. 12's numerator)."""
 
     def loss(logits: Tensor, feature: Tensor | None) -> Tensor:
         assert feature is not None
-        return (feature.movedim(channel_axis + 1, 2).unsqueeze(-1).flatten(3).mean(-1) * weights).sum()
+        return (at.by_channel(feature, lead=1).mean(-1) * weights).sum()
 
     return loss
 

@@ -126,8 +126,9 @@ class _Graph:
         Raises:
             _Unreadable: a call is of another kind than those named at the top, or leaves some of its input out.
         """
+        images = len(self.calls[-1].result) if self.calls and isinstance(self.calls[-1].result, Tensor) else 0
         for position, call in self._derived():
-            if not isinstance(call.result, Tensor) or not self._is_covered(position):
+            if not isinstance(call.result, Tensor) or not self._is_covered(position) or len(call.result) != images:
                 raise _Unreadable
             bounds = _bounds(call)
             if bounds is not None:

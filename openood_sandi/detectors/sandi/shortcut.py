@@ -144,6 +144,8 @@ class ShortcutDensities:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, classes) and E (B, K) by split name of images (B, C, H, W)."""
+        if self._network.is_plain:
+            return self._computed(x)
         self._seen += len(x)
         key = (*x.shape[1:], x.dtype, x.device, self._network.weights_version())
         if key not in self._rectified:
