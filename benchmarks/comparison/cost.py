@@ -26,6 +26,12 @@ class Cost:
     forwards: tuple[float, float, float]
     """Time of scoring over the time of a plain forward pass without gradients: quartiles, in order."""
 
+    def columns(self) -> dict[str, float]:
+        """Of a table."""
+        lower, median, upper = self.forwards
+        quartiles = {"forwards": median, "forwards_q1": lower, "forwards_q3": upper}
+        return {**quartiles, "images_per_second": self.images_per_second}
+
 
 def measure(
     net: nn.Module,
@@ -46,14 +52,10 @@ def measure(
         clock: in seconds; ``time.perf_counter`` by default.
     """
     clock = clock or time.perf_counter
-
-    @torch.no_grad()
-    def forward() -> None:
-        net(images)
+    forward = torch.no_grad()(net.__call__)
 
     def turn() -> tuple[float, float]:
-        plain = _seconds(forward, images.device, clock)
-        return plain, _seconds(lambda: scorer(images), images.device, clock)
+        return _seconds(forward, images, clock), _seconds(scorer, images, clock)
 
     turn()
     taken: list[tuple[float, float]] = []
@@ -74,10 +76,10 @@ def _enough(turns: int, seconds: float) -> bool:
     return (turns >= MIN_TURNS and seconds >= MIN_SECONDS) or (turns >= FEW and seconds >= MAX_SECONDS)
 
 
-def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    synchronize = getattr(torch, device.type).synchronize
+def _seconds(call: Callable[[Tensor], object], images: Tensor, clock: Callable[[], float]) -> float:
+    synchronize = getattr(torch, images.device.type).synchronize
     synchronize()
     start = clock()
-    call()
+    call(images)
     synchronize()
     return clock() - start

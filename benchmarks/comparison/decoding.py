@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openood_sandi.engine.memory import free_memory
-
-from .progress import progress
+from .console import progress
+from .environment import free_memory
 from .suite import ImageSet, Suite
 
 SHARE = 0.5
@@ -61,13 +60,7 @@ class Decoder:
 
     def suite(self, suite: Suite) -> Suite:
         """The suite with its images decoded once, set by set, where they fit in memory."""
-        return replace(
-            suite,
-            in_distribution=self._images(suite.in_distribution),
-            out_of_distribution=tuple(map(self._images, suite.out_of_distribution)),
-            training=suite.training and self._images(suite.training),
-            validation=suite.validation and (self._images(suite.validation[0]), self._images(suite.validation[1])),
-        )
+        return suite.mapped(self._images, training=True)
 
     def _images(self, images: ImageSet) -> ImageSet:
         if images.fingerprint not in self._known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from openood_sandi import score_dataset
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
 
 from . import methods
 from .decoding import Decoded
 from .environment import library_version
 from .expense import Expense, Expenses
 from .methods import Method, Scorer
-from .suite import ImageSet, Suite
+from .suite import ImageSet, Suite, digest
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,11 @@ class Scored:
     pred: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose class is predicted."""
+        return float(np.mean(self.pred == self.labels))
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class Evaluation:
         Raises ValueError if a score is not finite.
         """
         found = {}
-        for images in (self.suite.in_distribution, *self.suite.out_of_distribution):
-            pred, scores, labels = infer(
+        for images in self.suite.test_sets:
+            pred, scores, labels = score_dataset(
                 functools.partial(self._score, method),
                 self._loader(images),
                 self._device,
@@ -96,10 +100,6 @@ class Evaluation:
             lambda: next(iter(self._loader(self.suite.in_distribution)))[0],
             self._device,
         )
-
-    def release(self, method: Method) -> None:
-        """Forget what the method holds in memory."""
-        self._built.pop(method.name, None)
 
     def _score(self, method: Method, images: Tensor) -> tuple[Tensor, Tensor]:
         return self._scorer(method)(images)
@@ -134,7 +134,4 @@ class Evaluation:
 @functools.cache
 def _methods_code() -> str:
     """A digest of the sources that turn methods' names into scorers."""
-    total = hashlib.sha256()
-    for path in sorted(Path(methods.__file__).parent.glob("*.py")):
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+    return digest(*(path.read_bytes() for path in sorted(Path(methods.__file__).parent.glob("*.py"))))

@@ -66,12 +66,8 @@ class Expenses:
         if device.type == "cpu":
             batch = batch[:CPU_BATCH]
         score = scorer()
-        expense = Expense(
-            cost=measure(network, score, batch),
-            batch_size=len(batch),
-            peak_bytes=count(lambda: score(batch), device).peak_bytes,
-            hardware=machine,
-        )
+        cost = measure(network, score, batch)
+        expense = Expense(cost, len(batch), count(lambda: score(batch), device).peak_bytes, machine)
         replace(path, json.dumps({"key": identity, "expense": asdict(expense)}, indent=1) + "\n")
         return expense
 
@@ -82,9 +78,8 @@ def _read(path: Path, identity: str) -> Expense | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["key"] != identity:
             return None
-        kept = record["expense"]
-        lower, median, upper = map(float, kept["cost"]["forwards"])
-        cost = Cost(float(kept["cost"]["images_per_second"]), (lower, median, upper))
-        return Expense(cost, int(kept["batch_size"]), int(kept["peak_bytes"]), dict(kept["hardware"]))
+        cost = record["expense"].pop("cost")
+        lower, median, upper = map(float, cost["forwards"])
+        return Expense(Cost(float(cost["images_per_second"]), (lower, median, upper)), **record["expense"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

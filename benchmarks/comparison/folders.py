@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks import SourceError
 from networks.catalogue import Input, Normalisation
-from networks.errors import SourceError
 
 from .image_files import SUFFIXES, image_set
 from .suite import Group, ImageSet

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openood_sandi import SandI
 
-from .files import replace
+from .files import save_figure
 from .suite import ImageSet, Suite
 
 T = TypeVar("T")
@@ -30,12 +30,8 @@ ROOM = 5
 def draw(path: Path, suite: Suite, device: torch.device) -> Path:
     """Images, the maps of some splits, and the sum over all splits: a row for each image, ID first."""
     sets = [suite.in_distribution] * EXAMPLES + _spread(suite.out_of_distribution, ROOM)
-    images = torch.cat(
-        [
-            _examples(suite.in_distribution, EXAMPLES),
-            *(_examples(images, 1) for images in sets[EXAMPLES:]),
-        ]
-    )
+    examples = [_examples(suite.in_distribution, EXAMPLES), *(_examples(images, 1) for images in sets[EXAMPLES:])]
+    images = torch.cat(examples)
     detector = SandI(suite.network.to(device))
     maps = {name: found.cpu() for name, found in detector.explain(images.to(device)).items()}
     side = images.shape[-2:]
@@ -58,8 +54,7 @@ def draw(path: Path, suite: Suite, device: torch.device) -> Path:
     panels[0, 0].set_title("image", fontsize=8)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
-    replace(path, lambda partial: figure.savefig(partial, format="png"))
-    return path
+    return save_figure(figure, path)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import SourceError
 from networks.catalogue import Input, Normalisation
-from networks.errors import SourceError
 from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks import SourceError
 from networks.catalogue import Input, Normalisation
-from networks.errors import SourceError
 
 from .folders import OodOption, folder_set
 from .image_files import image_set

@@ -18,7 +18,7 @@ from .files import replace
 from .methods import Method
 from .table import AVERAGE, FPR_OPENOOD, Run, groups
 
-BENCHMARKS = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet1k_ood"}
+FILES = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet1k_ood"}
 """The leaderboard's file for a suite's name."""
 LINKS = {
     "sandi": "https://proceedings.mlr.press/v267/zhang25by.html",
@@ -29,71 +29,68 @@ LINKS = {
 """The paper behind a method, by how its name begins."""
 RUNS = 3
 """Networks that OpenOOD trains for CIFAR; ImageNet has one."""
+COLUMNS = {
+    "FPR@95": FPR_OPENOOD,
+    "AUROC": "AUROC",
+    "AUPR_IN": "AUPR-in",
+    "AUPR_OUT": "AUPR-out",
+    "ACC": "ID accuracy",
+}
+"""Of ``ood.csv``, and ours; its FPR95 is OpenOOD's, ID lost."""
 
 
 def write(folder: Path, frame: pd.DataFrame, runs: Sequence[Run], about: Mapping[str, Any]) -> None:
     """Write ``folder/<method>`` for each method of this package, if the leaderboard has the data."""
     suite = runs[0].suite
-    if suite.name not in BENCHMARKS:
+    if suite.name not in FILES:
         return
     for outcome in runs[0].outcomes.values():
         method = outcome.method
         link = next((link for stem, link in LINKS.items() if method.name.startswith(stem)), None)
         if method.source != "openood-sandi" or link is None:
             continue
-        rows = frame[frame["method"] == method.name]
+        ood = ood_csv(frame[frame["method"] == method.name], runs)
         place = folder / method.name
         replace(place / "papers.csv", pd.DataFrame([{"Alias": method.title, "Link": link}]).to_csv(index=False))
-        replace(place / f"{BENCHMARKS[suite.name]}.csv", result_row(rows, method, runs).to_csv(index=False))
-        replace(place / "ood.csv", ood_csv(rows, runs).to_csv(index=False))
+        replace(place / f"{FILES[suite.name]}.csv", _row(ood, method, suite.network_name).to_csv(index=False))
+        replace(place / "ood.csv", ood.to_csv(index=False))
         replace(place / "config.json", json.dumps(_config(method, runs, about), indent=2) + "\n")
         replace(place / "README.md", _readme(method, shortcomings(runs, about)))
 
 
-def result_row(rows: pd.DataFrame, method: Method, runs: Sequence[Run]) -> pd.DataFrame:
+def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """As OpenOOD's evaluator writes it, but a group's mean only if all sets are there."""
+    shown = [
+        (group.name, name, f"{group.name}ood" if name == AVERAGE else name)
+        for group in groups(runs[0].suite)
+        for name in (*group.places[1:], *(() if group.missing else (AVERAGE,)))
+    ]
+    order = pd.DataFrame(shown, columns=["group", "OOD set", "dataset"])
+    rows = order.merge(rows, how="left", on=["group", "OOD set"])
+    found = rows[["dataset"]].copy()
+    for theirs, ours in COLUMNS.items():
+        deviations = [f" ± {std:.2f}" for std in rows.get(f"{ours} std", ())] or [""] * len(rows)
+        found[theirs] = [f"{value:.2f}{std}" for value, std in zip(rows[ours], deviations, strict=True)]
+    return found
+
+
+def _row(ood: pd.DataFrame, method: Method, network: str) -> pd.DataFrame:
     """The row of ``results/<benchmark>.csv``. A group's average is given only if all of its sets are there."""
-    suite = runs[0].suite
-    complete = {group.name for group in groups(suite) if not group.missing}
-    averages = rows[rows["OOD set"] == AVERAGE].set_index("group")
-
-    def cell(group: str) -> str:
-        return _spread(averages.loc[group], "AUROC") if group in complete else "/"
-
+    auroc = ood.set_index("dataset")["AUROC"]
     return pd.DataFrame(
         [
             {
                 "Training": "CrossEntropy",
                 "Postprocessor": method.title,
-                "Near-OOD_AUROC": cell("near"),
-                "Far-OOD_AUROC": cell("far"),
-                "ID_Accuracy": _spread(rows.iloc[0], "ID accuracy"),
+                "Near-OOD_AUROC": auroc.get("nearood", "/"),
+                "Far-OOD_AUROC": auroc.get("farood", "/"),
+                "ID_Accuracy": ood["ACC"].iloc[0],
                 "Outlier_Data": "No",
-                "Arch": suite.network_name,
+                "Arch": network,
                 "Additional_Description": "",
             }
         ]
     )
-
-
-def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
-    """As OpenOOD's evaluator writes it, but a group's mean only if all sets are there; FPR95 is OpenOOD's, ID lost."""
-    columns = {
-        "FPR@95": FPR_OPENOOD,
-        "AUROC": "AUROC",
-        "AUPR_IN": "AUPR-in",
-        "AUPR_OUT": "AUPR-out",
-        "ACC": "ID accuracy",
-    }
-    found = []
-    for group in groups(runs[0].suite):
-        places = [(images.name, images.name) for images in group.sets]
-        if not group.missing:
-            places.append((AVERAGE, f"{group.name}ood"))
-        of_group = rows[rows["group"] == group.name].set_index("OOD set")
-        for place, shown in places:
-            cells = {theirs: _spread(of_group.loc[place], ours) for theirs, ours in columns.items()}
-            found.append({"dataset": shown, **cells})
-    return pd.DataFrame(found)
 
 
 def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
@@ -109,11 +106,6 @@ def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
             f"{len(runs)} network(s), where the leaderboard gives mean and standard deviation over OpenOOD's {RUNS}"
         )
     return found
-
-
-def _spread(row: pd.Series[Any], column: str) -> str:
-    std = f" ± {row[f'{column} std']:.2f}" if f"{column} std" in row.index else ""
-    return f"{row[column]:.2f}{std}"
 
 
 def _config(method: Method, runs: Sequence[Run], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from sklearn.metrics import roc_curve
 
 from .evaluation import Outcome
-from .files import replace
+from .files import save_figure
 from .suite import Suite
 from .table import AVERAGE, Run, groups
 
@@ -42,7 +40,6 @@ OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
 def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
     """Write all pictures; the paths written."""
     outcomes = selected(run)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [
         histograms(folder / "histograms.png", outcomes, run.suite),
         roc_curves(folder / "roc.png", outcomes, run.suite),
@@ -66,7 +63,7 @@ def histograms(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
     panels = figure.subplots(len(outcomes), len(sets), squeeze=False)
     for row, outcome in zip(panels, outcomes, strict=True):
         known = outcome.scored[suite.in_distribution.name].scores
-        low, high = _range([outcome.scored[images.name].scores for images in (suite.in_distribution, *sets)])
+        low, high = _range([outcome.scored[images.name].scores for images in suite.test_sets])
         bins = np.linspace(low, high, 51)
         for panel, images in zip(row, sets, strict=True):
             for scores, colour in ((known, ID_COLOUR), (outcome.scored[images.name].scores, OOD_COLOUR)):
@@ -82,7 +79,7 @@ def histograms(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
     labels = [f"ID: {suite.in_distribution.name}", "OOD: the set that the column names"]
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     figure.supxlabel("score (larger = more OOD), the outermost 0.5 % gathered at the ends", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _range(scores: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
@@ -120,7 +117,7 @@ def roc_curves(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
     figure.supylabel("OOD images caught, %", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def cost_against_auroc(path: Path, frame: pd.DataFrame, run: Run) -> Path:
@@ -134,74 +131,34 @@ def cost_against_auroc(path: Path, frame: pd.DataFrame, run: Run) -> Path:
         colours = [OURS_COLOUR if own else ID_COLOUR for own in ours]
         panel.scatter(rows["forwards"], rows["AUROC"], c=colours, s=22, zorder=3)
         panel.set_xscale("log")
-        panel.set_xlim(0.65 * rows["forwards"].min(), 2.2 * rows["forwards"].max())
-        ticks = [
-            tick
-            for tick in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200)
-            if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]
-        ]
-        panel.xaxis.set_major_locator(FixedLocator(ticks))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("time in plain forward passes", fontsize=9)
         panel.set_title(f"{group.title}: AUROC, %", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
-        _label(figure, panel, rows, colours)
-    return _save(figure, path)
+        _label(panel, rows, colours)
+    return save_figure(figure, path)
 
 
-def _label(figure: Figure, panel: Axes, rows: pd.DataFrame, colours: Sequence[str]) -> None:
-    """Name every point, each at the nearest place that no other name or point takes, with a line to it if far off."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]  # settles the layout, which places in pixels depend on
-    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
-    figure.set_layout_engine("none")
-    points = panel.transData.transform(rows[["forwards", "AUROC"]].to_numpy())
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    frame = panel.get_window_extent()
-    # Names in the densest spots are placed first, while there is room.
-    for at in np.argsort([np.hypot(*(points - point).T).sum() for point in points]):
-        (x, y), colour = points[at], colours[at]
-        text = panel.annotate(
-            rows["method"].iloc[at],
-            (rows["forwards"].iloc[at], rows["AUROC"].iloc[at]),
-            xytext=(0, 0),
-            textcoords="offset pixels",
+def _label(panel: Axes, rows: pd.DataFrame, colours: Sequence[str]) -> None:
+    """Name every point in a column beside the panel, in the order of their heights, with a line to it."""
+    heights = np.linspace(0.01, 0.99, len(rows))[rows["AUROC"].argsort().argsort()]
+    for (_, row), height, colour in zip(rows.iterrows(), heights, colours, strict=True):
+        panel.annotate(
+            row["method"],
+            (row["forwards"], row["AUROC"]),
+            xytext=(1.08, height),
+            textcoords="axes fraction",
+            va="center",
             fontsize=7.5,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
         )
-        size = text.get_window_extent(renderer)
-        places = [
-            (Bbox.from_bounds(x + right, y + up, size.width, size.height), (right, up)) for right, up in _offsets(size)
-        ]
-        inside = [
-            (box, offset)
-            for box, offset in places
-            if frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        ]
-        free = [place for place in inside if not any(place[0].padded(2).overlaps(other) for other in taken)]
-        box, offset = (free or inside or places)[0]
-        text.set_position(offset)
-        taken.append(box)
-
-
-def _offsets(size: Bbox) -> Iterator[tuple[float, float]]:
-    """Lower left corners of a text of that size around a point, in pixels, near ones first."""
-    width, height = size.width, size.height
-    for distance in (7, 12, 20, 30, 42, 56, 72, 90, 110, 140, 170):
-        for turn in np.arange(0, 2 * np.pi, np.pi / 8):
-            right, up = distance * np.cos(turn), distance * np.sin(turn)
-            yield right - width * (1 - np.cos(turn)) / 2, up - height * (1 - np.sin(turn)) / 2
 
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    replace(path, lambda partial: figure.savefig(partial, format="png"))
-    return path

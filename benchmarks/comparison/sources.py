@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from networks import catalogue
-from networks.errors import SourceError
-from networks.paper import SPLITS
+from networks import SourceError, catalogue
 
 from . import digits, folders
-from .arguments import positive
+from .console import positive
 from .folders import OodOption
 from .image_lists import ImageLists
 from .protocols import BENCHMARKS, PROTOCOLS
@@ -22,76 +21,29 @@ from .training import default_cache
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`load` reads."""
-    group = parser.add_argument_group("data and network")
-    group.add_argument(
-        "--data",
-        choices=("digits", *BENCHMARKS, "folders"),
-        default="digits",
-        help="in-distribution (ID) data, and what goes with it; default: %(default)s, which is embedded",
-    )
-    group.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="OpenOOD's data folder, with benchmark_imglist and images_*; default: %(default)s",
-    )
-    group.add_argument(
-        "--protocol",
-        choices=tuple(PROTOCOLS),
-        default="openood",
-        help="whose OOD sets for cifar10, cifar100 and imagenet: OpenOOD's near and far, or the paper's; "
-        "default: %(default)s",
-    )
-    group.add_argument(
-        "--id", type=Path, metavar="DIR", help="for --data folders: ID images, in a subfolder for each class"
-    )
-    group.add_argument(
-        "--ood",
-        nargs="+",
-        type=OodOption.parse,
-        default=[],
-        metavar="[near:|far:]NAME[=DIR]",
-        help="further OOD sets: all images below DIR, or OpenOOD's list test_NAME.txt; default: far",
-    )
-    group.add_argument(
-        "--network",
-        metavar="NAME",
-        help=f"one of {', '.join((*catalogue.NETWORKS, *catalogue.PREFIXES))}; default: OpenOOD's for the data",
-    )
-    group.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help=f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
-        f"torchvision's own, which are downloaded; or {RANDOM}; default: DATA_NETWORK.pt or the like in "
-        "DATA_ROOT/../checkpoints",
-    )
+    add = parser.add_argument_group("data and network").add_argument
+    data = "in-distribution (ID) data, and what goes with it; default: %(default)s, which is embedded"
+    add("--data", choices=("digits", *BENCHMARKS, "folders"), default="digits", help=data)
+    root = "OpenOOD's data folder, with benchmark_imglist and images_*; default: %(default)s"
+    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help=root)
+    protocol = "whose OOD sets for cifar10, cifar100 and imagenet: OpenOOD's near and far, or the paper's; "
+    add("--protocol", choices=tuple(PROTOCOLS), default="openood", help=protocol + "default: %(default)s")
+    add("--id", type=Path, metavar="DIR", help="for --data folders: ID images, in a subfolder for each class")
+    ood = "further OOD sets: all images below DIR, or OpenOOD's list test_NAME.txt; default: far"
+    add("--ood", nargs="+", type=OodOption.parse, default=[], metavar="[near:|far:]NAME[=DIR]", help=ood)
+    names = ", ".join((*catalogue.ARCHITECTURES, *catalogue.PREFIXES))
+    add("--network", metavar="NAME", help=f"one of {names}; default: OpenOOD's for the data")
+    weights = f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
+    weights += f"torchvision's own, which are downloaded; or {RANDOM}; default: DATA_NETWORK.pt or the like in "
+    add("--checkpoint", metavar="FILE", help=weights + "DATA_ROOT/../checkpoints")
     for option, what in (("--mean", "mean"), ("--std", "standard deviation")):
-        group.add_argument(
-            option,
-            nargs=3,
-            type=float,
-            metavar=("R", "G", "B"),
-            help=f"{what} of pixels in 0..1 in the network's training; default: the network's, or the data's",
-        )
-    group.add_argument(
-        "--size",
-        nargs=2,
-        type=positive,
-        metavar=("RESIZE", "CROP"),
-        help="pixels of an image's shorter side, and of the square at its centre; default: the network's",
-    )
-    group.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        metavar="SEED",
-        help="a network for each; default: 0. Of digits they are trained, of other data read",
-    )
-    group.add_argument(
-        "--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s"
-    )
+        pixels = f"{what} of pixels in 0..1 in the network's training; default: the network's, or the data's"
+        add(option, nargs=3, type=float, metavar=("R", "G", "B"), help=pixels)
+    size = "pixels of an image's shorter side, and of the square at its centre; default: the network's"
+    add("--size", nargs=2, type=positive, metavar=("RESIZE", "CROP"), help=size)
+    seeds = "a network for each; default: 0. Of digits they are trained, of other data read"
+    add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help=seeds)
+    add("--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s")
 
 
 def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
@@ -145,16 +97,13 @@ def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
         raise SourceError(f"--data {options.data} needs its test images in --data-root: {error}.") from error
     unknown, missing = lists.out_of_distribution(options.protocol, options.ood)
     suite = _suite(options.data, net, PROTOCOLS[options.protocol], known, unknown)
-    training = validation = None
-    try:
-        training = lists.training()
-    except SourceError as error:
-        missing += (f"training images: {error}",)
-    try:
-        validation = lists.validation()
-    except SourceError as error:
-        missing += (f"validation images: {error}",)
-    return replace(suite, training=training, validation=validation, missing=missing)
+    parts: dict[str, Any] = {}
+    for what, read in (("training", lists.training), ("validation", lists.validation)):
+        try:
+            parts[what] = read()
+        except SourceError as error:
+            missing += (f"{what} images: {error}",)
+    return replace(suite, **parts, missing=missing)
 
 
 def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
@@ -178,18 +127,17 @@ def _suite(data: str, net: TrainedNetwork, protocol: str, known: ImageSet, unkno
     names = [images.name for images in (known, *unknown)]
     if len(set(names)) < len(names):
         raise SourceError(f"--ood {known.name} is called as the ID set is; it needs another name.")
-    splits = SPLITS.get(net.name)
     return Suite(
         name=data,
         network=net.network,
         network_name=net.name,
-        network_description=net.description,
+        network_description=f"{net.architecture.title}, {net.origin}",
         weights=state_digest(net.network),
         classes=net.classes,
         normalisation=net.normalisation,
         in_distribution=known,
         out_of_distribution=unknown,
         protocol=protocol,
-        paper_splits=tuple(splits.names(net.network)) if splits else (),
-        paper_feature=splits.feature if splits else None,
+        paper_splits=tuple(net.architecture.paper_splits(net.network)),
+        paper_feature=net.architecture.paper_feature,
     )

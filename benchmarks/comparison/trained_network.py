@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from networks import catalogue, checkpoints
-from networks.catalogue import Input, Normalisation
-from networks.errors import SourceError
+from networks import SourceError, catalogue, checkpoints
+from networks.catalogue import Architecture, Input, Normalisation
 from torch import nn
 
 RANDOM = "random"
@@ -25,7 +24,9 @@ class TrainedNetwork:
 
     name: str
     network: nn.Module
-    description: str
+    architecture: Architecture
+    origin: str
+    """Of its weights, in words."""
     classes: int
     shape: Input
     normalisation: Normalisation
@@ -51,7 +52,7 @@ def trained_network(
         found = checkpoints.classes(net, net.state_dict()) or classes
         origin = f"weights {catalogue.default_weights(name)}"
     else:
-        preset = catalogue.network(name)
+        preset = catalogue.architecture(name)
         net = _seeded(preset, classes, seed)
         origin = f"random weights of seed {seed}"
         if checkpoint != RANDOM:
@@ -63,8 +64,7 @@ def trained_network(
             origin = f"weights of {path.name}"
     if found < classes or (found > classes and not or_more):
         raise SourceError(f"The network has {found} classes and the ID data {classes}: {name}, {origin}.")
-    shape, normalisation = _input(options, name, preset.input, default)
-    return TrainedNetwork(name, net.eval(), f"{preset.title}, {origin}", found, shape, normalisation)
+    return TrainedNetwork(name, net.eval(), preset, origin, found, *_input(options, name, preset.input, default))
 
 
 def _input(
@@ -75,9 +75,7 @@ def _input(
         shape = Input(*options.size) if shape is None else replace(shape, resize=options.size[0], crop=options.size[1])
     if shape is None:
         raise SourceError(f"{name} has no size of input of its own: --size gives that of its training.")
-    normalisation = shape.normalisation
-    if normalisation is None and default is not None:
-        normalisation = default.normalisation
+    normalisation = shape.normalisation or (default and default.normalisation)
     if options.mean is not None:
         normalisation = tuple(options.mean), tuple(options.std)
     if normalisation is None:
@@ -85,20 +83,20 @@ def _input(
     return shape, normalisation
 
 
-def _seeded(network: catalogue.Network, classes: int, seed: int) -> nn.Module:
+def _seeded(architecture: Architecture, classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # and no GPU's
-        return network.make(classes)
+        return architecture.make(classes)
 
 
 def checkpoint_beside(data_root: Path, data: str, name: str) -> str:
     """The checkpoint beside the data root whose name tells data and network."""
     folder = data_root.resolve().parent / "checkpoints"
     stem = f"{data}_{name.rpartition(':')[2]}"
-    for suffix in SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            return str(folder / f"{stem}{suffix}")
     there = sorted(path.name for path in folder.glob(f"{data}_*") if path.suffix in SUFFIXES)
+    for suffix in SUFFIXES:
+        if f"{stem}{suffix}" in there:
+            return str(folder / f"{stem}{suffix}")
     hint = f" There is {', '.join(there)}, for other networks." if there else ""
     raise SourceError(
         f"No weights for {name}: --checkpoint names a file of them; {folder / stem}{SUFFIXES[0]} would be found.{hint}"

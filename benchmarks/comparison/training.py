@@ -15,6 +15,8 @@ from networks.cifar import CifarResNet
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import replace
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -62,7 +64,7 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
             return net.eval()
     net = train(images, labels, recipe, seed)
     try:
-        _save(net, path)
+        replace(path, lambda partial: torch.save(net.state_dict(), partial))
     except OSError as error:
         warnings.warn(f"Could not cache the network ({error}); the next run trains again.", stacklevel=2)
     return net
@@ -103,14 +105,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"the checksum of {damaged} is wrong")
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def _save(net: CifarResNet, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that a reader never sees half a file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        torch.save(net.state_dict(), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

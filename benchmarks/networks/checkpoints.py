@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import SourceError
+from . import SourceError
 from .mobilenet import dequantised
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network")

@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class SandIOptions:
     """The options of ``SandI`` that are timed, under the same names."""
 
     variant: Literal["Z", "A"] = "Z"
@@ -51,7 +51,7 @@ class SplitLoop:
         self,
         net: nn.Module,
         splits: Sequence[str],
-        options: Options,
+        options: SandIOptions,
         *,
         feature: str | None = None,
         released: bool = False,

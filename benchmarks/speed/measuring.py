@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comparison.cost import measure
+from comparison.environment import free_memory
 from torch import Tensor
 
 from openood_sandi import SandI
-from openood_sandi.engine.memory import free_memory
 
 from .instrument import Counts, count
-from .loops import Options, SplitLoop
+from .loops import SandIOptions, SplitLoop
 from .methods import METHODS, Job
-from .networks import Network
+from .networks import TimedNetwork
 
 CHECKED = 2
 """How many images the naive loop's scores are compared on."""
@@ -45,72 +46,46 @@ class Setting:
         return min(self.turns, max(3, self.turns // 3)) if METHODS[method].slow else self.turns
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A row of the table. Quartiles are of the ratios of single turns."""
-
-    network: str
-    splits: int
-    method: str
-    batch: int
-    turns: int
-    forwards: float
-    forwards_q1: float
-    forwards_q3: float
-    images_per_second: float
-    flops: float
-    """In plain forward passes."""
-    launches: int
-    peak_bytes: int
-    peak_of_kept: float
-    """Peak memory over that of a forward pass that keeps its activations for a backward pass."""
-    peak_of_free: float
-    """Peak memory over what was free before."""
-    differing_counts: int | None
-    """How many channels' counts differ from the naive loop's, in Z."""
-    score_difference: float | None
-    """The largest relative difference of tau from the naive loop's."""
-
-
 class Bench:
     """One network on one device, measured method by method."""
 
-    def __init__(self, name: str, network: Network, setting: Setting) -> None:
+    def __init__(self, name: str, network: TimedNetwork, setting: Setting) -> None:
         self._name, self._network, self._setting = name, network, setting
         self._net = network.build(setting.width, setting.seed).to(setting.device)
         self._splits = network.splits(self._net, setting.splits)
         self._plain: dict[int, tuple[Counts, Counts]] = {}
-        self._expected: dict[Options, dict[str, Tensor]] = {}
+        self._expected: dict[SandIOptions, dict[str, Tensor]] = {}
 
-    def measure(self, method: str, batch: int) -> Measurement:
-        """The ``method`` on ``batch`` images."""
-        setting = self._setting
-        images = self._images(batch)
-        job = METHODS[method].job(self._net, self._splits, self._network.paper.feature)
+    def measure(self, method: str, batch: int) -> dict[str, Any]:
+        """A row of the table: the ``method`` on ``batch`` images, quartiles being those of the ratios of single turns.
+
+        Floating point operations ``flops`` are in plain forward passes. ``peak_of_kept`` is the peak memory over that
+        of a forward pass that keeps its activations for a backward pass, ``peak_of_free`` over what was free before;
+        ``differing_counts`` and ``score_difference`` are those of :func:`differences` from the naive loop.
+        """
+        setting, images = self._setting, self._images(batch)
+        job = METHODS[method].job(self._net, self._splits, self._network.architecture.paper_feature)
         turns = setting.turns_of(method)
         cost = measure(self._net, job, images, turns=turns, clock=setting.clock)
         free = free_memory(setting.device)
         counts = count(lambda: job(images), setting.device)
         forward, kept = self._plain_counts(batch)
         differing_counts, score_difference = self._agreement(method, job)
-        return Measurement(
-            network=self._name,
-            splits=len(self._splits),
-            method=method,
-            batch=batch,
-            turns=turns,
-            forwards=cost.forwards[1],
-            forwards_q1=cost.forwards[0],
-            forwards_q3=cost.forwards[2],
-            images_per_second=cost.images_per_second,
-            flops=counts.flops / forward.flops,
-            launches=counts.launches,
-            peak_bytes=counts.peak_bytes,
-            peak_of_kept=counts.peak_bytes / kept.peak_bytes,
-            peak_of_free=counts.peak_bytes / free,
-            differing_counts=differing_counts,
-            score_difference=score_difference,
-        )
+        return {
+            "network": self._name,
+            "splits": len(self._splits),
+            "method": method,
+            "batch": batch,
+            "turns": turns,
+            **cost.columns(),
+            "flops": counts.flops / forward.flops,
+            "launches": counts.launches,
+            "peak_bytes": counts.peak_bytes,
+            "peak_of_kept": counts.peak_bytes / kept.peak_bytes,
+            "peak_of_free": counts.peak_bytes / free,
+            "differing_counts": differing_counts,
+            "score_difference": score_difference,
+        }
 
     def _images(self, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._setting.seed)
@@ -133,7 +108,7 @@ class Bench:
             return None, None
         images = self._images(CHECKED)
         if options not in self._expected:
-            loop = SplitLoop(self._net, self._splits, options, feature=self._network.paper.feature)
+            loop = SplitLoop(self._net, self._splits, options, feature=self._network.architecture.paper_feature)
             self._expected[options] = loop.densities(images)
         return differences(job.densities(images), self._expected[options], options.variant)
 

@@ -1,4 +1,4 @@
-"""What is timed, and what it should cost."""
+"""What is timed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 
-from .loops import Options, SplitLoop
-from .networks import Network
+from .loops import SandIOptions, SplitLoop
+from .networks import TimedNetwork
 
 Job = Callable[[Tensor], object]
 """Takes images (B, C, H, W)."""
@@ -30,24 +30,7 @@ def msp(net: nn.Module) -> Job:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """The most that a method should cost.
-
-    Attributes:
-        forwards: time over that of a plain forward pass.
-        of_arithmetic: time in forwards over floating point operations in forwards.
-        memory: peak memory over that of a forward pass that keeps its activations.
-        of_msp: the least share of MSP's images/s, at the largest batch on a GPU.
-    """
-
-    forwards: float | None = None
-    of_arithmetic: float | None = None
-    memory: float | None = None
-    of_msp: float | None = None
-
-
-@dataclass(frozen=True)
-class Method:
+class TimedMethod:
     """One row of the table for each network.
 
     Attributes:
@@ -58,11 +41,10 @@ class Method:
     """
 
     kind: Literal["forward", "kept", "msp", "sandi", "exact", "naive", "released"]
-    options: Options | None = None
-    goal: Goal = Goal()
+    options: SandIOptions | None = None
     slow: bool = False
 
-    def applies(self, network: Network) -> bool:
+    def applies(self, network: TimedNetwork) -> bool:
         """Whether the network uses this variant of S&I."""
         return self.options is None or self.options.variant == network.variant
 
@@ -86,20 +68,21 @@ class Method:
         )
 
 
-METHODS: dict[str, Method] = {
-    "forward": Method("forward"),
-    "kept": Method("kept"),
-    "msp": Method("msp"),
-    "gaia-z": Method("sandi", Options("Z", steps=1), Goal(forwards=1.3)),
-    "sandi-z-union": Method("sandi", Options("Z", combine="union"), Goal(forwards=1.3, memory=2.5)),
-    "sandi-z": Method("sandi", Options("Z"), Goal(forwards=3.5, memory=2.5, of_msp=0.25)),
-    "sandi-z-intersection": Method("sandi", Options("Z", combine="intersection"), Goal(forwards=3.5, memory=2.5)),
-    "sandi-z-exact": Method("exact", Options("Z"), slow=True),
-    "naive-z": Method("naive", Options("Z"), slow=True),
-    "released-z": Method("released", Options("Z"), slow=True),
-    "sandi-z-t5": Method("sandi", Options("Z", steps=5), Goal(of_arithmetic=1.3), slow=True),
-    "gaia-a": Method("sandi", Options("A", steps=1, top_fraction=1.0), Goal(forwards=1.6)),
-    "sandi-a": Method("sandi", Options("A"), Goal(forwards=2.5, of_msp=0.4)),
-    "naive-a": Method("naive", Options("A"), slow=True),
-    "released-a": Method("released", Options("A"), slow=True),
+Z, A = SandIOptions("Z"), SandIOptions("A")
+METHODS: dict[str, TimedMethod] = {
+    "forward": TimedMethod("forward"),
+    "kept": TimedMethod("kept"),
+    "msp": TimedMethod("msp"),
+    "gaia-z": TimedMethod("sandi", SandIOptions("Z", steps=1)),
+    "sandi-z-union": TimedMethod("sandi", SandIOptions("Z", combine="union")),
+    "sandi-z": TimedMethod("sandi", Z),
+    "sandi-z-intersection": TimedMethod("sandi", SandIOptions("Z", combine="intersection")),
+    "sandi-z-exact": TimedMethod("exact", Z, slow=True),
+    "naive-z": TimedMethod("naive", Z, slow=True),
+    "released-z": TimedMethod("released", Z, slow=True),
+    "sandi-z-t5": TimedMethod("sandi", SandIOptions("Z", steps=5), slow=True),
+    "gaia-a": TimedMethod("sandi", SandIOptions("A", steps=1, top_fraction=1.0)),
+    "sandi-a": TimedMethod("sandi", A),
+    "naive-a": TimedMethod("naive", A, slow=True),
+    "released-a": TimedMethod("released", A, slow=True),
 }

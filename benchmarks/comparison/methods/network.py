@@ -18,7 +18,7 @@ from ..suite import ImageSet, Suite, digest
 from .baselines import BASELINES, Need, fitted
 
 
-class Anatomy:
+class NetworkParts:
     """What a suite has of what methods need."""
 
     def __init__(self, suite: Suite) -> None:

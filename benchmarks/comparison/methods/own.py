@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from openood_sandi import SandI
-from openood_sandi.detectors.gsc import GradientShortCircuit
-from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
 
 from ..suite import Suite
 from .baselines import Need
 from .method import Method, Offer, Scorer
-from .network import Anatomy
+from .network import NetworkParts
 
 Build = Callable[..., Scorer]
 Z, A = {"variant": "Z"}, {"variant": "A"}
@@ -59,17 +57,17 @@ SLOW = ("sandi-z-t3", "sandi-z-t5", "sandi-a-all", "sandi-a-t3", "sandi-a-t5")
 """More than a few forward passes an image: suffixes are replayed for every step."""
 
 
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """All of them; where S&I finds no place to split a network, it says so when it scores."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
 
     def add(name: str, title: str, build: Build, options: Mapping[str, Any], needs: tuple[Need, ...] = ()) -> None:
-        lacking = anatomy.lacks(needs)
+        lacking = parts.lacks(needs)
         if lacking:
             absent[name] = lacking
         else:
-            decisive = {**options, **anatomy.fingerprints(needs)}
+            decisive = {**options, **parts.fingerprints(needs)}
             bound = functools.partial(build, options=options)
             methods[name] = Method(name, title, "openood-sandi", decisive, bound, slow=name in SLOW)
 

@@ -23,7 +23,7 @@ from openood_sandi.plugin import registry, standins
 from ..suite import ImageSet, Suite
 from .baselines import BASELINES, Need
 from .method import Method, Offer, Scorer
-from .network import Anatomy, OpenOODNetwork, Remembering, frozen
+from .network import NetworkParts, OpenOODNetwork, Remembering, frozen
 
 OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
     "sandi": ("S&I", ()),
@@ -34,7 +34,7 @@ OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
 """This package's postprocessors that OpenOOD can choose options for: title and needs."""
 
 
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """OpenOOD's methods; and "NAME-search", with options chosen on validation data, of its own and this package's."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
@@ -45,13 +45,13 @@ def offer(suite: Suite, anatomy: Anatomy) -> Offer:
     ) -> None:
         searched = name + "-search" if sweep else name
         needs = (*needs, "validation") if sweep else needs
-        lacking = problem or (name in BASELINES and anatomy.cannot_run(name)) or anatomy.lacks(needs)
-        if name == "odin" and anatomy.channels != 3:
-            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {anatomy.channels}"
+        lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
+        if name == "odin" and parts.channels != 3:
+            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {parts.channels}"
         if lacking:
             absent[searched] = lacking
             return
-        decisive = {**options, **anatomy.fingerprints(needs)}
+        decisive = {**options, **parts.fingerprints(needs)}
         methods[searched] = Method(
             searched,
             f"{title}, searched" if sweep else title,
@@ -61,7 +61,7 @@ def offer(suite: Suite, anatomy: Anatomy) -> Offer:
         )
 
     for name, baseline in BASELINES.items():
-        options, sweep = anatomy.options(name)
+        options, sweep = parts.options(name)
         add(name, baseline.title, baseline.needs, options, {})
         if math.prod(map(len, sweep.values())) > 1:
             add(name, baseline.title, baseline.needs, options, sweep)
@@ -114,7 +114,7 @@ def _build(
     backbone = network = suite.network.to(device)
     if name in BASELINES:
         if "head" in BASELINES[name].needs:
-            network = _with_interface(backbone, Anatomy(suite).image)
+            network = _with_interface(backbone, NetworkParts(suite).image)
         network = _wrapper(name)(Remembering(network) if sweep else network)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)

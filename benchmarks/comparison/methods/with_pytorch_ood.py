@@ -21,23 +21,23 @@ from openood_sandi.engine.features import Penultimate
 from ..suite import ImageSet, Suite
 from .baselines import BASELINES
 from .method import Method, Offer, Scorer
-from .network import Anatomy, Blocks, as_linear, frozen, mean_over_positions, outputs_of
+from .network import Blocks, NetworkParts, as_linear, frozen, mean_over_positions, outputs_of
 
 logging.getLogger("pytorch_ood").addHandler(logging.NullHandler())
 
 
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """pytorch-ood's methods with options as given in :mod:`.baselines`."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
     problem = import_problem()
     for name, baseline in BASELINES.items():
-        lacking = problem or anatomy.cannot_run(name)
-        options, _ = anatomy.options(name)
+        lacking = problem or parts.cannot_run(name)
+        options, _ = parts.options(name)
         if lacking:
             absent[name] = lacking
             continue
-        decisive = {**options, **anatomy.fingerprints(baseline.needs)}
+        decisive = {**options, **parts.fingerprints(baseline.needs)}
         build = functools.partial(_build, name=name, options=options)
         methods[name] = Method(name, baseline.title, "pytorch-ood", decisive, build)
     return methods, absent
@@ -55,9 +55,9 @@ def import_problem() -> str | None:
 
 def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Mapping[str, Any]) -> Scorer:
     network = suite.network.to(device)
-    anatomy = Anatomy(suite)
+    parts = NetworkParts(suite)
     if name in _OF_INPUTS:
-        return _predicting(network, _OF_INPUTS[name](network, options, suite, anatomy))
+        return _predicting(network, _OF_INPUTS[name](network, options, suite, parts))
     if name in _OF_LOGITS:
         predict = _OF_LOGITS[name](options)
 
@@ -68,8 +68,8 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
 
         return score_logits
     penultimate = Penultimate(network)
-    assert anatomy.head is not None
-    detector, predict = _OF_FEATURES[name](as_linear(anatomy.head), options)
+    assert parts.head is not None
+    detector, predict = _OF_FEATURES[name](as_linear(parts.head), options)
     if name == "react":
         assert suite.validation is not None
         detector.fit_feature_maps(*_all_features(penultimate, suite.validation[0], device, batch_size))
@@ -109,7 +109,9 @@ def _all_features(
 # ---------------------------------------------------------------------------------------- detectors by name
 
 
-def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite, anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
+def _odin(
+    network: nn.Module, options: Mapping[str, Any], suite: Suite, parts: NetworkParts
+) -> Callable[[Tensor], Tensor]:
     from pytorch_ood.detector import ODIN
 
     std = list(suite.normalisation[1])
@@ -118,13 +120,13 @@ def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite, anatomy:
 
 
 def _rankfeat(
-    network: nn.Module, options: Mapping[str, Any], suite: Suite, anatomy: Anatomy
+    network: nn.Module, options: Mapping[str, Any], suite: Suite, parts: NetworkParts
 ) -> Callable[[Tensor], Tensor]:
     from pytorch_ood.detector import RankFeat
 
-    blocks = Blocks(network, anatomy.image)
-    assert anatomy.head is not None
-    linear = as_linear(anatomy.head)
+    blocks = Blocks(network, parts.image)
+    assert parts.head is not None
+    linear = as_linear(parts.head)
 
     def last_map(images: Tensor) -> Tensor:
         with torch.no_grad(), outputs_of(network, [blocks.after]) as found:
@@ -134,7 +136,7 @@ def _rankfeat(
     return RankFeat(last_map, lambda maps: linear(mean_over_positions(maps).flatten(1))).predict  # type: ignore
 
 
-_OF_INPUTS: dict[str, Callable[[nn.Module, Mapping[str, Any], Suite, Anatomy], Callable[[Tensor], Tensor]]] = {
+_OF_INPUTS: dict[str, Callable[[nn.Module, Mapping[str, Any], Suite, NetworkParts], Callable[[Tensor], Tensor]]] = {
     "odin": _odin,
     "rankfeat": _rankfeat,
 }

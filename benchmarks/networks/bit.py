@@ -1,4 +1,7 @@
-"""Networks for ImageNet: ResNet-50 and BiT-S-R101x1."""
+"""BiT-S-R101x1, with the names of its published weights and normalisation apart from activation, where S&I splits it.
+
+timm's ``resnetv2_101x1_bit`` has both in one module, whose output is no split point of the paper's.
+"""
 
 from __future__ import annotations
 
@@ -9,58 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class Bottleneck(nn.Module):
-    """relu(residual(x) + downsample(x)) with 1x1, 3x3 and 1x1 convolutions; the 3x3 one carries the stride."""
-
-    def __init__(self, in_channels: int, middle: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, middle, 1, bias=False), nn.BatchNorm2d(middle)
-        self.conv2, self.bn2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False), nn.BatchNorm2d(middle)
-        self.conv3, self.bn3 = nn.Conv2d(middle, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU()
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-        out: Tensor = self.relu(self.bn3(self.conv3(residual)) + self.downsample(x))
-        return out
-
-
-class ImageNetResNet(nn.Module):
-    """ResNet-50 (``blocks`` 3, 4, 6, 3): He et al., CVPR 2016, with the stride in the 3x3 convolutions ("v1.5").
-
-    (B, 3, H, W) -> (B, classes); ``base`` is the width of the stem.
-    """
-
-    def __init__(self, blocks: Sequence[int], base: int = 64, classes: int = 1000) -> None:
-        super().__init__()
-        channels = base
-        self.conv1, self.bn1 = nn.Conv2d(3, base, 7, 2, padding=3, bias=False), nn.BatchNorm2d(base)
-        self.relu = nn.ReLU()
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.stages = len(blocks)
-        for stage, depth in enumerate(blocks):
-            middle, width = base << stage, 4 * base << stage
-            layers = nn.Sequential()
-            for number in range(depth):
-                layers.append(Bottleneck(channels, middle, width, stride=2 if stage and number == 0 else 1))
-                channels = width
-            self.add_module(f"layer{stage + 1}", layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage in range(1, self.stages + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
-        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
-        return logits
 
 
 class StdConv2d(nn.Conv2d):
