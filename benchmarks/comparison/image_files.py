@@ -27,7 +27,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int], transform: Any) -> None:
         self._folder, self.names, self._transform = folder, names, transform
-        self._labels = torch.tensor(labels, dtype=torch.int64)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -39,7 +39,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
             raise OSError(f"{path} cannot be read as an image: {error}") from error
-        return self._transform(image), self._labels[index]
+        return self._transform(image), self.labels[index]
 
 
 def transform(shape: Input, normalisation: Normalisation) -> Any:

@@ -107,9 +107,9 @@ def _measured(frame: pd.DataFrame, run: Run, name: str, sets: Mapping[str, str])
     found = rows.reindex(list(sets.values()))
     measured = int(found["AUROC"].count())
     share = "" if measured == len(sets) else f" ({measured} of {len(sets)})"
-    cells = {}
+    cells: dict[tuple[str, str], str] = {}
     for metric, column in COLUMNS.items():
-        text = ["{:.2f}".format(value) if pd.notna(value) else UNMEASURED for value in found[column]]
+        text = [f"{value:.2f}" if pd.notna(value) else UNMEASURED for value in found[column]]
         cells |= {(place, metric): value for place, value in zip(sets, text, strict=True)}
         cells[AVERAGE, metric] = f"{found[column].mean():.2f}{share}" if measured else UNMEASURED
     return cells

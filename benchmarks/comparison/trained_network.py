@@ -75,7 +75,7 @@ def _input(
         shape = Input(*options.size) if shape is None else replace(shape, resize=options.size[0], crop=options.size[1])
     if shape is None:
         raise SourceError(f"{name} has no size of input of its own: --size gives that of its training.")
-    normalisation = shape.normalisation or (default and default.normalisation)
+    normalisation = shape.normalisation or (default.normalisation if default else None)
     if options.mean is not None:
         normalisation = tuple(options.mean), tuple(options.std)
     if normalisation is None:

@@ -16,11 +16,10 @@ for module in ("pandas", "sklearn", "tqdm", "pytorch_ood"):
 from comparison import methods
 from comparison.methods import own, with_openood
 from comparison.methods.baselines import BASELINES
-from comparison.methods.network import Anatomy, Blocks, OpenOODNetwork
+from comparison.methods.network import Blocks, NetworkParts, OpenOODNetwork
 from comparison.suite import Suite
 
-from openood_sandi.detectors.gsc import GradientShortCircuit
-from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+from openood_sandi import GradientShortCircuit, PrototypeFusion
 from tests.helpers import networks, tiny_suite
 from tests.helpers.surroundings import surroundings
 
@@ -174,6 +173,6 @@ def test_a_last_layer_without_bias_gets_one_of_zeros() -> None:
     adapted = OpenOODNetwork(net, images(suite))
     weight, bias = adapted.get_fc()
     assert not bias.any() and (weight == net.head.weight.detach().numpy()).all()
-    assert Anatomy(suite).features == 32
+    assert NetworkParts(suite).features == 32
     for name in ("react", "vim", "fdbd"):
         assert methods.available(suite)[0][name].build(suite, CPU, 50)(images(suite))[1].isfinite().all()
