@@ -14,7 +14,7 @@ from networks.catalogue import Input, Normalisation
 
 from .folders import OodOption, folder_set
 from .image_files import image_set
-from .protocols import BENCHMARKS, PROTOCOLS, TITLES, Protocol, group_of
+from .protocols import BENCHMARKS, PROTOCOLS, TITLES, Protocol
 from .suite import Group, ImageSet
 
 IMAGES = ("images_classic", "images_largescale")
@@ -43,10 +43,8 @@ class ImageLists:
     def validation(self) -> tuple[ImageSet, ImageSet]:
         """The ID and the OOD images that OpenOOD searches options on."""
         benchmark = BENCHMARKS[self.data]
-        return (
-            self._read("val", self.data, "ID"),
-            self._read("val", benchmark.validation, group_of(benchmark.validation, benchmark.near)),
-        )
+        unknown = self._read("val", benchmark.validation, benchmark.group(benchmark.validation))
+        return self._read("val", self.data, "ID"), unknown
 
     def out_of_distribution(
         self, protocol: Protocol, asked: list[OodOption]
@@ -58,7 +56,7 @@ class ImageLists:
         benchmark = BENCHMARKS[self.data]
         wanted: dict[str, Group] = {**benchmark.sets(protocol)}
         for option in asked:
-            wanted[option.name] = option.group or wanted.get(option.name) or group_of(option.name, benchmark.near)
+            wanted[option.name] = option.group or wanted.get(option.name) or benchmark.group(option.name)
         options = {option.name: option for option in asked}
         found, missing = [], []
         for name, group in wanted.items():

@@ -7,8 +7,6 @@ from typing import Literal
 
 from networks.catalogue import LARGE, SMALL, Input
 
-SMALL_FAR = ("mnist", "svhn", "texture", "places365")
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -32,8 +30,10 @@ class Benchmark:
 
     def sets(self, protocol: Protocol) -> dict[str, Literal["near", "far"]]:
         """The protocol's sets and their groups."""
-        names = self.paper if protocol == "paper" else (*self.near, *self.far)
-        return {name: group_of(name, self.near) for name in names}
+        return {name: self.group(name) for name in (self.paper if protocol == "paper" else (*self.near, *self.far))}
+
+    def group(self, name: str) -> Literal["near", "far"]:
+        return "near" if name in self.near else "far"
 
 
 Protocol = Literal["openood", "paper"]
@@ -42,24 +42,22 @@ PROTOCOLS: dict[Protocol, str] = {
     "paper": "the S&I paper's sets, by OpenOOD's image lists",
 }
 
+CIFAR10 = Benchmark(
+    classes=10,
+    near=("cifar100", "tin"),
+    far=("mnist", "svhn", "texture", "places365"),
+    paper=("svhn", "lsun", "tin", "places365", "texture"),
+    validation="tin",
+    input=replace(SMALL, normalisation=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    network="resnet18_32x32",
+)
 BENCHMARKS = {
-    "cifar10": Benchmark(
-        classes=10,
-        near=("cifar100", "tin"),
-        far=SMALL_FAR,
-        paper=("svhn", "lsun", "tin", "places365", "texture"),
-        validation="tin",
-        input=replace(SMALL, normalisation=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
-        network="resnet18_32x32",
-    ),
-    "cifar100": Benchmark(
+    "cifar10": CIFAR10,
+    "cifar100": replace(
+        CIFAR10,
         classes=100,
         near=("cifar10", "tin"),
-        far=SMALL_FAR,
-        paper=("svhn", "lsun", "tin", "places365", "texture"),
-        validation="tin",
         input=replace(SMALL, normalisation=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
-        network="resnet18_32x32",
     ),
     "imagenet": Benchmark(
         classes=1000,
@@ -90,7 +88,3 @@ TITLES = {
     "textures": "Textures (DTD)",
     "tin": "TinyImageNet",
 }
-
-
-def group_of(name: str, near: tuple[str, ...]) -> Literal["near", "far"]:
-    return "near" if name in near else "far"

@@ -40,10 +40,11 @@ class ImageSet:
         fingerprint = digest(self.fingerprint, f"{limit} in equal steps")
         return replace(self, dataset=Subset(self.dataset, chosen), fingerprint=fingerprint)
 
-    def loader(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    def loader(self, batch_size: int, workers: int = 0, collate: Callable[..., Any] | None = None) -> DataLoader[Any]:
         """Batches of images (B, C, H, W) and labels (B,) in the set's order, on the CPU."""
         # Its own generator, as it would draw seeds for its workers from the global one.
-        return DataLoader(self.dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
+        own = torch.Generator()
+        return DataLoader(self.dataset, batch_size, num_workers=workers, collate_fn=collate, generator=own)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from .baselines import Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
 
-Build = Callable[..., Scorer]
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
 
@@ -53,46 +52,43 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Title and options of :class:`openood_sandi.SandI` by name."""
 
-SLOW = ("sandi-z-t3", "sandi-z-t5", "sandi-a-all", "sandi-a-t3", "sandi-a-t5")
-"""More than a few forward passes an image: suffixes are replayed for every step."""
-
 
 def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """All of them; where S&I finds no place to split a network, it says so when it scores."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
 
-    def add(name: str, title: str, build: Build, options: Mapping[str, Any], needs: tuple[Need, ...] = ()) -> None:
+    def add(
+        name: str, title: str, detector: Callable[..., Any], options: Mapping[str, Any], needs: tuple[Need, ...] = ()
+    ) -> None:
         lacking = parts.lacks(needs)
         if lacking:
             absent[name] = lacking
         else:
             decisive = {**options, **parts.fingerprints(needs)}
-            bound = functools.partial(build, options=options)
-            methods[name] = Method(name, title, "openood-sandi", decisive, bound, slow=name in SLOW)
+            bound = functools.partial(_build, detector=detector, options=options)
+            methods[name] = Method(name, title, "openood-sandi", decisive, bound)
 
     for name, (title, options) in SETTINGS.items():
-        add(name, title, _sandi, options)
+        add(name, title, SandI, options)
     for variant, options in (("Z", Z), ("A", A)):
         name = f"sandi-{variant.lower()}-paper"
         if suite.paper_splits:
             layers = {"splits": list(suite.paper_splits), "feature": suite.paper_feature or "auto"}
-            add(name, f"S&I-{variant}, the paper's layers", _sandi, {**options, **layers})
+            add(name, f"S&I-{variant}, the paper's layers", SandI, {**options, **layers})
         else:
             absent[name] = f"the paper does not say where to split {suite.network_name}"
-    add("gsc", "GSC", _gsc, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
-    add("prototype_fusion", "Prototype Fusion", _prototype_fusion, {"layers": "last_3"}, ("training",))
+    add("gsc", "GSC", GradientShortCircuit, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
+    add("prototype_fusion", "Prototype Fusion", PrototypeFusion, {"layers": "last_3"}, ("training",))
     return methods, absent
 
 
-def _sandi(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    return SandI(suite.network.to(device), **options)
-
-
-def _gsc(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    return GradientShortCircuit(suite.network.to(device), **options)
-
-
-def _prototype_fusion(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    assert suite.training is not None
-    return PrototypeFusion(suite.network.to(device), **options).fit(suite.training.loader(batch_size))
+def _build(
+    suite: Suite, device: torch.device, batch_size: int, *, detector: Callable[..., Any], options: Mapping[str, Any]
+) -> Scorer:
+    made = detector(suite.network.to(device), **options)
+    if detector is PrototypeFusion:
+        assert suite.training is not None
+        made.fit(suite.training.loader(batch_size))
+    scorer: Scorer = made
+    return scorer

@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from networks.catalogue import openood_importable
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
-import openood_sandi
 from openood_sandi.plugin import registry, standins
 
-from ..suite import ImageSet, Suite
+from ..suite import Suite
 from .baselines import BASELINES, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts, OpenOODNetwork, Remembering, frozen
@@ -76,10 +76,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 @functools.cache
 def import_problem() -> str | None:
     """Why OpenOOD cannot be imported, None if it can; ``$OPENOOD_HOME`` may name a checkout."""
-    openood_sandi.register()
-    home = os.environ.get("OPENOOD_HOME")
-    if home and home not in sys.path:
-        sys.path.append(home)  # last: a checkout has a package "tests" of its own
+    openood_importable()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             import openood.evaluation_api  # noqa: F401
@@ -111,11 +108,11 @@ def _build(
     sweep: Mapping[str, Any],
 ) -> Scorer:
     _require_openoods_device(device)
-    backbone = network = suite.network.to(device)
-    if name in BASELINES:
-        if "head" in BASELINES[name].needs:
-            network = _with_interface(backbone, NetworkParts(suite).image)
-        network = _wrapper(name)(Remembering(network) if sweep else network)
+    backbone = plain = suite.network.to(device)
+    if name in BASELINES and "head" in BASELINES[name].needs:
+        plain = _with_interface(backbone, NetworkParts(suite).image)
+    wrapped = _wrapper(name)
+    network = wrapped(Remembering(plain) if sweep and name in BASELINES else plain)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -124,6 +121,7 @@ def _build(
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
             _search(network, loaders, postprocessor)
+            network = wrapped(plain)  # what it scores and costs from now on is computed
     if name in OWN_SEARCHED:
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
@@ -147,7 +145,7 @@ class Searched:
         return self.score(images)
 
 
-def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: Any) -> None:
+def _search(network: nn.Module, loaders: Mapping[str, DataLoader[Any]], postprocessor: Any) -> None:
     """The search of OpenOOD's Evaluator: of all values, those of the best AUROC on validation images."""
     from openood.evaluation_api import Evaluator
 
@@ -209,22 +207,12 @@ def _postprocessor(name: str, suite: Suite, options: Mapping[str, Any], sweep: M
     return built
 
 
-class _Batches:
-    """An image set as OpenOOD's loaders give it: dictionaries of images and labels."""
-
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
-        self._loader = images.loader(batch_size)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for images, labels in self._loader:
-            yield {"data": images, "label": labels}
+def _loaders(suite: Suite, batch_size: int) -> dict[str, DataLoader[Any]]:
+    """Image sets as OpenOOD's loaders give them: dictionaries of images and labels."""
+    known, unknown = suite.validation or (None, None)
+    sets = {"train": suite.training, "val": known, "val-ood": unknown}
+    return {name: images.loader(batch_size, collate=_named) for name, images in sets.items() if images is not None}
 
 
-def _loaders(suite: Suite, batch_size: int) -> dict[str, _Batches]:
-    sets: dict[str, ImageSet | None] = {"train": suite.training}
-    if suite.validation is not None:
-        sets["val"], sets["val-ood"] = suite.validation
-    return {name: _Batches(images, batch_size) for name, images in sets.items() if images is not None}
+def _named(items: list[Any]) -> dict[str, Any]:
+    return dict(zip(("data", "label"), default_collate(items), strict=True))
