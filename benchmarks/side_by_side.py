@@ -14,10 +14,12 @@ only reported again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -63,10 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same_arithmetic_on_gpus(options.device)
     about = {
         "command": shlex.join(["python", "benchmarks/side_by_side.py", *arguments]),
-        "protocol": options.protocol,
-        "seeds": options.seeds,
-        "batch_size": options.batch_size,
-        "limit": options.limit,
+        **{name: getattr(options, name) for name in ("protocol", "seeds", "batch_size", "limit")},
         **environment(options.device),
     }
     comparison = _Comparison(options)
@@ -104,15 +103,12 @@ class _Comparison:
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
             self.failed |= any(name in options.methods for name in reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
-            self._outcomes.append({})
+            self._outcomes.append(outcomes)
             for method in progress(chosen, f"{suite.name}, seed {seed}", "method"):
-                try:
-                    self._outcomes[-1][method.name] = Outcome(method, evaluation.scores(method))
-                except Exception as error:
-                    if ranks.world_size() > 1:
-                        raise  # the other ranks are waiting for this one's scores
-                    self._fail(method, error)
+                with self._noted(method):
+                    outcomes[method.name] = Outcome(method, evaluation.scores(method))
 
     def measure(self) -> None:
         """Measure what each method costs, with the first network; the cost of one that fails is left out."""
@@ -120,12 +116,8 @@ class _Comparison:
             return
         outcomes = self._outcomes[0]
         for name, outcome in progress(list(outcomes.items()), "cost", "method"):
-            try:
-                expense = self._evaluations[0].expense(outcome.method)
-            except Exception as error:
-                self._fail(outcome.method, error)
-            else:
-                outcomes[name] = Outcome(outcome.method, outcome.scored, expense)
+            with self._noted(outcome.method, alone=True):
+                outcomes[name] = replace(outcome, expense=self._evaluations[0].expense(outcome.method))
 
     def report(self, about: dict[str, object]) -> None:
         """Print the methods that have been scored with every network, and write and draw them with ``--out``."""
@@ -166,11 +158,17 @@ class _Comparison:
             print(f"No heat maps: {type(error).__name__}: {error}", file=sys.stderr)
         return ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in paths)]
 
-    def _fail(self, method: Method, error: Exception) -> None:
-        self.failed = True
-        text = f"{type(error).__name__}: {error}"
-        self._failures[method.name] = Failure(method.name, text)
-        print(f"{method.name} failed: {text}", file=sys.stderr)
+    @contextlib.contextmanager
+    def _noted(self, method: Method, alone: bool = False) -> Iterator[None]:
+        """An error of the method's is noted, unless other ranks are waiting for this one's scores."""
+        try:
+            yield
+        except Exception as error:
+            if ranks.world_size() > 1 and not alone:
+                raise
+            self.failed = True
+            self._failures[method.name] = Failure(method.name, f"{type(error).__name__}: {error}")
+            print(f"{method.name} failed: {self._failures[method.name].reason}", file=sys.stderr)
 
 
 def _chosen(

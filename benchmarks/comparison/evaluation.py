@@ -20,9 +20,9 @@ from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
 
 from . import methods
+from .cost import Expense, Expenses
 from .decoding import Decoded
 from .environment import library_version
-from .expense import Expense, Expenses
 from .methods import Method, Scorer
 from .suite import ImageSet, Suite, digest
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -29,29 +28,26 @@ ROOM = 5
 
 def draw(path: Path, suite: Suite, device: torch.device) -> Path:
     """Images, the maps of some splits, and the sum over all splits: a row for each image, ID first."""
-    sets = [suite.in_distribution] * EXAMPLES + _spread(suite.out_of_distribution, ROOM)
-    examples = [_examples(suite.in_distribution, EXAMPLES), *(_examples(images, 1) for images in sets[EXAMPLES:])]
-    images = torch.cat(examples)
-    detector = SandI(suite.network.to(device))
-    maps = {name: found.cpu() for name, found in detector.explain(images.to(device)).items()}
-    side = images.shape[-2:]
-    names = _spread(list(maps), SPLITS)
-    columns = {name: _upsampled(maps[name], side) for name in names}
-    columns[f"all {len(maps)} splits"] = torch.stack([_upsampled(found, side) for found in maps.values()]).sum(0)
-    pixels = _pixels(images, suite)
+    known, unknown = suite.in_distribution, _spread(suite.out_of_distribution, ROOM)
+    images = torch.cat([_examples(known, EXAMPLES), *(_examples(one, 1) for one in unknown)])
+    labels = [f"{known.name}\n(ID)"] * EXAMPLES + [f"{one.name}\n({one.group}-OOD)" for one in unknown]
+    found = SandI(suite.network.to(device)).explain(images.to(device))
+    maps = {name: _upsampled(one.cpu(), images.shape[-2:]) for name, one in found.items()}
+    columns = {name: maps[name] for name in _spread(list(maps), SPLITS)}
+    columns[f"all {len(maps)} splits"] = torch.stack(list(maps.values())).sum(0)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in suite.normalisation)
+    pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1).float().numpy()
 
     height, width = len(images), 1 + len(columns)
     figure = Figure(figsize=(0.4 + 1.05 * width, 0.3 + 1.05 * height), dpi=100, layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
-    labels = [f"{images.name}\n({images.group if images.group == 'ID' else images.group + '-OOD'})" for images in sets]
-    for row, (panel, label) in enumerate(zip(panels[:, 0], labels, strict=True)):
-        panel.imshow(pixels[row], cmap="gray", vmin=0, vmax=1)
-        panel.set_ylabel(label, fontsize=8)
-    for at, (name, found) in enumerate(columns.items(), 1):
-        panels[0, at].set_title(name, fontsize=8)
-        for row in range(height):
-            panels[row, at].imshow(found[row].numpy(), cmap="inferno", vmin=0, vmax=max(float(found[row].max()), 1e-12))
-    panels[0, 0].set_title("image", fontsize=8)
+    for row, label in enumerate(labels):
+        panels[row, 0].imshow(pixels[row], cmap="gray", vmin=0, vmax=1)
+        panels[row, 0].set_ylabel(label, fontsize=8)
+        for panel, one in zip(panels[row, 1:], columns.values(), strict=True):
+            panel.imshow(one[row].numpy(), cmap="inferno", vmin=0, vmax=max(float(one[row].max()), 1e-12))
+    for panel, name in zip(panels[0], ("image", *columns), strict=True):
+        panel.set_title(name, fontsize=8)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
     return save_figure(figure, path)
@@ -78,11 +74,3 @@ def _upsampled(found: Tensor, side: torch.Size) -> Tensor:
     magnitude = found.abs().double()
     magnitude = magnitude / magnitude.mean(dim=(1, 2), keepdim=True).clamp_min(1e-300)
     return F.interpolate(magnitude[:, None], size=side, mode="bilinear", align_corners=False)[:, 0]
-
-
-def _pixels(images: Tensor, suite: Suite) -> npt.NDArray[np.float32]:
-    """Network inputs (B, C, H, W) back as pixels in 0..1: (B, H, W, C), of one channel (B, H, W)."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in suite.normalisation)
-    pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
-    shown: npt.NDArray[np.float32] = (pixels[..., 0] if pixels.shape[-1] == 1 else pixels).float().numpy()
-    return shown

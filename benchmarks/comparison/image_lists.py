@@ -12,8 +12,7 @@ from pathlib import Path
 from networks import SourceError
 from networks.catalogue import Input, Normalisation
 
-from .folders import OodOption, folder_set
-from .image_files import image_set
+from .image_files import OodOption, folder_set, image_set
 from .protocols import BENCHMARKS, PROTOCOLS, TITLES, Protocol
 from .suite import Group, ImageSet
 

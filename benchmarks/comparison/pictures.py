@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,15 +16,9 @@ from sklearn.metrics import roc_curve
 
 from .evaluation import Outcome
 from .files import save_figure
-from .suite import Suite
+from .suite import ImageSet, Suite
 from .table import AVERAGE, Run, groups
 
-SHOWN = ("msp", "ebo", "gaia-z", "gaia-a", "sandi-z", "sandi-a")
-"""Methods that pictures with room for a few show first."""
-ROOM = 6
-ID_COLOUR = "#8a8a8a"
-OOD_COLOUR = "#b03a2e"
-OURS_COLOUR = "#1b6ca8"
 COLOURS = {
     "msp": "#555555",
     "ebo": "#d98e04",
@@ -34,62 +27,51 @@ COLOURS = {
     "sandi-z": "#1b6ca8",
     "sandi-a": "#b03a2e",
 }
+"""Of methods that pictures with room for a few show first."""
 OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
+"""For as many as there is room for."""
+ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
 
 def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
     """Write all pictures; the paths written."""
-    outcomes = selected(run)
-    paths = [
-        histograms(folder / "histograms.png", outcomes, run.suite),
-        roc_curves(folder / "roc.png", outcomes, run.suite),
-    ]
-    if frame["forwards"].notna().any():
-        paths.append(cost_against_auroc(folder / "cost_auroc.png", frame, run))
-    return paths
-
-
-def selected(run: Run) -> list[Outcome]:
-    """The few outcomes that are shown: those of ``SHOWN``, then others as they come."""
-    names = [name for name in SHOWN if name in run.outcomes]
+    names = [name for name in COLOURS if name in run.outcomes]
     names += [name for name in run.outcomes if name not in names]
-    return [run.outcomes[name] for name in names[:ROOM]]
+    outcomes = [run.outcomes[name] for name in names[: len(OTHERS)]]
+    figures = {"histograms": histograms(outcomes, run.suite), "roc": roc_curves(outcomes, run.suite)}
+    if frame["forwards"].notna().any():
+        figures["cost_auroc"] = cost_against_auroc(frame, run)
+    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def histograms(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
+def histograms(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
     """Scores of ID images behind those of each OOD set: a row of panels for each method."""
     sets = suite.out_of_distribution
     figure = _figure(1.1 + 2.3 * len(sets), 0.9 + 1.35 * len(outcomes))
     panels = figure.subplots(len(outcomes), len(sets), squeeze=False)
     for row, outcome in zip(panels, outcomes, strict=True):
-        known = outcome.scored[suite.in_distribution.name].scores
-        low, high = _range([outcome.scored[images.name].scores for images in suite.test_sets])
-        bins = np.linspace(low, high, 51)
-        for panel, images in zip(row, sets, strict=True):
-            for scores, colour in ((known, ID_COLOUR), (outcome.scored[images.name].scores, OOD_COLOUR)):
-                shares = np.full(len(scores), 1 / len(scores))
+        scored = [outcome.scored[images.name].scores for images in suite.test_sets]
+        # without the outermost scores, which would squeeze the others into a few bins
+        low, high = min(np.percentile(some, 0.5) for some in scored), max(np.percentile(some, 99.5) for some in scored)
+        low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+        for panel, unknown in zip(row, scored[1:], strict=True):
+            for scores, colour in ((scored[0], ID_COLOUR), (unknown, OOD_COLOUR)):
+                shares, bins = np.full(len(scores), 1 / len(scores)), np.linspace(low, high, 51)
                 panel.hist(np.clip(scores, low, high), bins, weights=shares, color=colour, alpha=0.6, linewidth=0)
             panel.set_yticks([])
-            panel.tick_params(labelsize=7)
-            panel.spines[["top", "right", "left"]].set_visible(False)
+            _plain(panel, "")
+            panel.spines["left"].set_visible(False)
         row[0].set_ylabel(outcome.method.title, fontsize=9)
     for panel, images in zip(panels[0], sets, strict=True):
-        panel.set_title(f"{images.name} ({images.group})", fontsize=9)
+        panel.set_title(_name(images), fontsize=9)
     handles = [Patch(color=ID_COLOUR, alpha=0.6), Patch(color=OOD_COLOUR, alpha=0.6)]
     labels = [f"ID: {suite.in_distribution.name}", "OOD: the set that the column names"]
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     figure.supxlabel("score (larger = more OOD), the outermost 0.5 % gathered at the ends", fontsize=9)
-    return save_figure(figure, path)
+    return figure
 
 
-def _range(scores: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
-    """Without the outermost scores, which would squeeze the others into a few bins."""
-    low = min(np.percentile(some, 0.5) for some in scores)
-    high = max(np.percentile(some, 99.5) for some in scores)
-    return (low, high) if low < high else (low - 0.5, high + 0.5)
-
-
-def roc_curves(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
+def roc_curves(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
     """ROC curves with OOD as the positive class, a panel for each OOD set."""
     sets = suite.out_of_distribution
     columns = 2 if len(sets) in (2, 4) else min(len(sets), 3)
@@ -108,24 +90,21 @@ def roc_curves(path: Path, outcomes: Sequence[Outcome], suite: Suite) -> Path:
         panel.axhline(95, color="black", linewidth=0.6, linestyle=":")
         panel.axvline(5, color="black", linewidth=0.6, linestyle=":")
         panel.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
-        panel.set_title(f"{images.name} ({images.group})", fontsize=9)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
+        _plain(panel, _name(images))
     for panel in panels[len(sets) :]:
         panel.set_axis_off()
     figure.supxlabel("ID images lost, %", fontsize=9)
     figure.supylabel("OOD images caught, %", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
-    return save_figure(figure, path)
+    return figure
 
 
-def cost_against_auroc(path: Path, frame: pd.DataFrame, run: Run) -> Path:
+def cost_against_auroc(frame: pd.DataFrame, run: Run) -> Figure:
     """AUROC against time in plain forward passes, a panel for near- and one for far-OOD."""
     found = groups(run.suite)
     figure = _figure(6.0 * len(found), 5.4)
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for panel, group in zip(panels, found, strict=True):
+    for panel, group in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         rows = frame[(frame["group"] == group.name) & (frame["OOD set"] == AVERAGE)].dropna(subset=["forwards"])
         ours = [run.outcomes[name].method.source == "openood-sandi" for name in rows["method"]]
         colours = [OURS_COLOUR if own else ID_COLOUR for own in ours]
@@ -135,12 +114,10 @@ def cost_against_auroc(path: Path, frame: pd.DataFrame, run: Run) -> Path:
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("time in plain forward passes", fontsize=9)
-        panel.set_title(f"{group.title}: AUROC, %", fontsize=9)
-        panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.5)
-        panel.spines[["top", "right"]].set_visible(False)
+        _plain(panel, f"{group.title}: AUROC, %")
         _label(panel, rows, colours)
-    return save_figure(figure, path)
+    return figure
 
 
 def _label(panel: Axes, rows: pd.DataFrame, colours: Sequence[str]) -> None:
@@ -157,6 +134,16 @@ def _label(panel: Axes, rows: pd.DataFrame, colours: Sequence[str]) -> None:
             color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
         )
+
+
+def _name(images: ImageSet) -> str:
+    return f"{images.name} ({images.group})"
+
+
+def _plain(panel: Axes, title: str) -> None:
+    panel.set_title(title, fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -9,9 +9,9 @@ from typing import Any
 
 from networks import SourceError, catalogue
 
-from . import digits, folders
+from . import digits, image_files
 from .console import positive
-from .folders import OodOption
+from .image_files import OodOption
 from .image_lists import ImageLists
 from .protocols import BENCHMARKS, PROTOCOLS
 from .suite import ImageSet, Suite, state_digest
@@ -109,14 +109,14 @@ def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
 def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
     if options.network is None or options.checkpoint is None:
         raise SourceError("--data folders needs --network NAME and --checkpoint FILE.")
-    labels = folders.classes_of(options.id)
+    labels = image_files.classes_of(options.id)
     numbered = all(name.isdecimal() for name in labels)
     count = max(labels.values()) + 1
     # Numbered folders may be some of the network's classes; others have to be all of them, in order.
     net = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
-    known = folders.id_set(options.id, labels, net.shape, net.normalisation)
+    known = image_files.id_set(options.id, labels, net.shape, net.normalisation)
     unknown = tuple(
-        folders.folder_set(option.name, option.group or "far", option.folder, net.shape, net.normalisation)
+        image_files.folder_set(option.name, option.group or "far", option.folder, net.shape, net.normalisation)
         for option in options.ood
     )
     missing = tuple(f"{what} images: --data folders has none" for what in ("training", "validation"))

@@ -12,8 +12,8 @@ import pandas as pd
 from . import bootstrap
 from .bootstrap import Floats
 from .console import progress
+from .cost import Expense
 from .evaluation import Outcome
-from .expense import Expense
 from .metrics import detection
 from .suite import ImageSet, Suite
 

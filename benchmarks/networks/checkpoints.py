@@ -78,16 +78,18 @@ def classes(net: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 def misfits(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps ``state`` from being that of ``net``, one line for each kind: missing, unexpected, mis-shaped."""
     own = net.state_dict()
-    # Older files have no counts of batches, which nothing uses in eval mode.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [f"{kind}: {_some(names)}" for kind, names in found if names]
+    shared = [name for name in own if name in state]
+    found = {
+        # Older files have no counts of batches, which nothing uses in eval mode.
+        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in shared
+            if state[name].shape != own[name].shape
+        ],
+    }
+    return [f"{kind}: {_some(names)}" for kind, names in found.items() if names]
 
 
 def _some(names: list[str]) -> str:

@@ -37,11 +37,10 @@ class SandIOptions:
 
 
 class SplitLoop:
-    """Predictions and scores of S&I, by a loop over the split points.
+    """Predictions and scores of S&I on a network in eval mode, by a loop over the split points.
 
     Args:
-        net: a network in eval mode.
-        splits: names of modules of it that return tensors (B, K, R, S).
+        splits: names of modules of ``net`` that return tensors (B, K, R, S).
         feature: the name of the module whose output is F; variant Z has no use for it.
         released: whether to spend what the release spends; False for the naive loop.
         step_size: eta of Eq. 9.
@@ -65,26 +64,22 @@ class SplitLoop:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes (B,) and tau (B,), Eq. 14, of images (B, C, H, W)."""
-        pred = self._predict(images)
-        densities = self._densities(images, pred)
+        pred, densities = self._densities(images)
         return pred, torch.cat(list(densities.values()), dim=1).square().sum(1).sqrt()
 
     def densities(self, images: Tensor) -> dict[str, Tensor]:
         """{split: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64."""
-        return self._densities(images, self._predict(images))
+        return self._densities(images)[1]
 
-    @torch.no_grad()
-    def _predict(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._net(images)
-        return logits.argmax(1)
-
-    def _densities(self, images: Tensor, pred: Tensor) -> dict[str, Tensor]:
+    def _densities(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            pred = self._net(images).argmax(1)
         attributed = self._attributed(images)
         found = {split: self._reduce(self._path(images, split, loss, pred)) for split, loss in attributed.items()}
         if self._feature is not None:
             output = found.pop(self._feature).mean(1, keepdim=True).sqrt()
             found = {split: inner / output for split, inner in found.items()}
-        return found
+        return pred, found
 
     def _attributed(self, images: Tensor) -> dict[str, Loss]:
         """What is differentiated at each split, and, for A, at F."""
@@ -175,21 +170,19 @@ class Prefix:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Within it, a pass of the network fills the memory or, once that is complete, draws on it."""
+        handles = []
         if self.complete:
             for layer, outputs in self._outputs.items():
                 _answer_with(layer, outputs)
-            try:
-                yield
-            finally:
-                for layer in self._outputs:
-                    del layer.forward  # the instance's; the class's shows again
         else:
             handles = [layer.register_forward_hook(self._keep) for layer in self._layers]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self._layers:
+                vars(layer).pop("forward", None)  # the instance's; the class's shows again
 
     def _keep(self, layer: nn.Module, args: object, output: Tensor) -> None:
         if not self.complete:

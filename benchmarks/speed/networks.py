@@ -16,9 +16,7 @@ from torch import Tensor, nn
 class TimedNetwork:
     """An architecture, and how the paper applies S&I to it.
 
-    Attributes:
-        image_size: height and width in pixels.
-        variant: the one the paper uses for this size of label space.
+    The images have ``image_size`` pixels each way; the ``variant`` is the one the paper uses for so many classes.
     """
 
     architecture: Architecture
@@ -79,18 +77,14 @@ def narrow(net: nn.Module, width: float) -> None:
 
     layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, *NORMS))]
     for layer in layers if width != 1 else ():
-        if isinstance(layer, nn.Conv2d):
-            layer.in_channels = scaled(layer.in_channels)
-            layer.out_channels = layer.out_channels if layer is layers[-1] else scaled(layer.out_channels)
-            layer.weight = nn.Parameter(torch.empty(layer.out_channels, layer.in_channels, *layer.kernel_size))
-        elif isinstance(layer, nn.Linear):  # the last
-            layer.in_features = scaled(layer.in_features)
-            layer.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features))
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.__init__(scaled(layer.num_features))  # type: ignore[misc]
-        elif isinstance(layer, nn.GroupNorm):
-            channels = scaled(layer.num_channels)
-            layer.__init__(math.gcd(32, channels), channels)  # type: ignore[misc]
+        if isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
+            channels = scaled(len(layer.weight))
+            groups = [math.gcd(32, channels)] if isinstance(layer, nn.GroupNorm) else []
+            layer.__init__(*groups, channels)  # type: ignore[misc]
+        else:
+            before, after = scaled(layer.weight.shape[1]), len(layer.weight)
+            after = after if layer is layers[-1] else scaled(after)
+            layer.weight = nn.Parameter(torch.empty(after, before, *layer.weight.shape[2:]))
     for module in net.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False

@@ -19,9 +19,8 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 import pandas as pd
 from comparison import bootstrap, heat_maps, leaderboard, paper_tables, pictures, report
-from comparison.cost import Cost
+from comparison.cost import Cost, Expense
 from comparison.evaluation import Failure, Outcome, Scored
-from comparison.expense import Expense
 from comparison.methods import Method, Scorer
 from comparison.methods.method import Library
 from comparison.metrics import detection

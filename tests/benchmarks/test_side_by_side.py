@@ -25,7 +25,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 import pandas as pd
 import side_by_side
-from comparison import cost, decoding, digits, expense, methods, training
+from comparison import cost, decoding, digits, methods, training
 from comparison.metrics import detection
 from comparison.suite import Suite
 from comparison.table import FPR_OPENOOD, FPR_PAPER
@@ -66,13 +66,13 @@ def test_cost_is_scoring_time_over_forward_time(monkeypatch: pytest.MonkeyPatch,
 def test_a_damaged_measurement_is_made_again(tmp_path: Path, damage: bytes) -> None:
     scorers = iter([torch.relu, torch.abs])
 
-    def measured(key: str) -> expense.Expense:
+    def measured(key: str) -> cost.Expense:
         images = torch.ones(50, 3, 4, 4)
         device = torch.device("cpu")
-        return expense.Expenses(tmp_path).of({"key": key}, nn.Identity(), lambda: next(scorers), lambda: images, device)
+        return cost.Expenses(tmp_path).of({"key": key}, nn.Identity(), lambda: next(scorers), lambda: images, device)
 
     first = measured("a")
-    assert first.batch_size == expense.CPU_BATCH and first.peak_bytes == 4 * 48 * expense.CPU_BATCH
+    assert first.batch_size == cost.CPU_BATCH and first.peak_bytes == 4 * 48 * cost.CPU_BATCH
     assert measured("a") == first
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage)

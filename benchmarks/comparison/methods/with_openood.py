@@ -46,8 +46,8 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         searched = name + "-search" if sweep else name
         needs = (*needs, "validation") if sweep else needs
         lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
-        if name == "odin" and parts.channels != 3:
-            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {parts.channels}"
+        if name == "odin" and (channels := parts.image.shape[1]) != 3:
+            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {channels}"
         if lacking:
             absent[searched] = lacking
             return
