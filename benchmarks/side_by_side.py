@@ -23,11 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from comparison import heat_maps, leaderboard, methods, paper_tables, pictures, report, sources
+from comparison import leaderboard, methods, paper_tables, pictures, report, sources
 from comparison.console import device, new_parser, positive, progress
-from comparison.decoding import Decoder
 from comparison.environment import environment, same_arithmetic_on_gpus
-from comparison.evaluation import Evaluation, Failure, Outcome
+from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
 from comparison.table import Run, results
 from networks import SourceError
@@ -153,7 +152,7 @@ class _Comparison:
         """The pictures, and Markdown that shows them."""
         paths = pictures.draw(folder, frame, run)
         try:
-            paths.append(heat_maps.draw(folder / "heat_maps.png", run.suite, self._options.device))
+            paths.append(pictures.heat_maps(folder / "heat_maps.png", run.suite, self._options.device))
         except Exception as error:
             print(f"No heat maps: {type(error).__name__}: {error}", file=sys.stderr)
         return ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in paths)]

@@ -25,8 +25,7 @@ import torch
 from comparison.console import device, new_parser, number, positive
 from comparison.environment import environment, free_memory, same_arithmetic_on_gpus
 from speed import report
-from speed.measuring import Bench, Setting
-from speed.methods import METHODS
+from speed.measuring import METHODS, Bench, Setting
 from speed.networks import NETWORKS, TimedNetwork
 from speed.scaling import BASE, measure_point, sweeps
 from tqdm import tqdm

@@ -116,38 +116,30 @@ class Expense:
     hardware: Mapping[str, object]
 
 
-class Expenses:
-    """A folder of measurements; each is made once for its key and hardware."""
+def kept_expense(
+    folder: Path,
+    key: Mapping[str, object],
+    network: nn.Module,
+    made: Callable[[], tuple[Callable[[Tensor], object], Tensor]],
+    device: torch.device,
+) -> Expense:
+    """The cost of a scorer on a batch of images, both ``made`` only if it has to be measured for a key and hardware.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def of(
-        self,
-        key: Mapping[str, object],
-        network: nn.Module,
-        scorer: Callable[[], Callable[[Tensor], object]],
-        images: Callable[[], Tensor],
-        device: torch.device,
-    ) -> Expense:
-        """The cost of ``scorer()`` on the batch ``images()``, both made only if it has to be measured.
-
-        Args:
-            key: all that decides the cost beside the hardware.
-        """
-        machine = hardware(device)
-        identity = json.dumps({**key, "hardware": machine}, sort_keys=True)
-        path = self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        if (known := _read(path, identity)) is not None:
-            return known
-        batch = images().to(device)
-        if device.type == "cpu":
-            batch = batch[:CPU_BATCH]
-        score = scorer()
-        cost = measure(network, score, batch)
-        expense = Expense(cost, len(batch), count(lambda: score(batch), device).peak_bytes, machine)
-        replace(path, json.dumps({"key": identity, "expense": asdict(expense)}, indent=1) + "\n")
-        return expense
+    Args:
+        folder: where measurements are kept.
+        key: all that decides the cost beside the hardware.
+    """
+    machine = hardware(device)
+    identity = json.dumps({**key, "hardware": machine}, sort_keys=True)
+    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    if (known := _read(path, identity)) is not None:
+        return known
+    score, images = made()
+    batch = (images[:CPU_BATCH] if device.type == "cpu" else images).to(device)
+    cost = measure(network, score, batch)
+    expense = Expense(cost, len(batch), count(lambda: score(batch), device).peak_bytes, machine)
+    replace(path, json.dumps({"key": identity, "expense": asdict(expense)}, indent=1) + "\n")
+    return expense
 
 
 def _read(path: Path, identity: str) -> Expense | None:

@@ -1,11 +1,11 @@
-"""Methods over all sets of a suite. Scores are kept on disk as they come, so that nothing is scored twice."""
+"""Methods over all sets of a suite: images are decoded once for all, scores kept on disk as they come."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,74 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from openood_sandi import score_dataset
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
 
 from . import methods
-from .cost import Expense, Expenses
-from .decoding import Decoded
-from .environment import library_version
+from .console import progress
+from .cost import Expense, kept_expense
+from .environment import free_memory, library_version
 from .methods import Method, Scorer
 from .suite import ImageSet, Suite, digest
+
+SHARE = 0.5
+"""Of the free memory, what images may take: a set that does not fit is decoded anew for each method."""
+
+
+class Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """A set's images and labels: if they fit, in memory from the first one asked for on.
+
+    Attributes:
+        fingerprint: the set's, by which the score cache knows the images.
+        bytes: what the images take.
+        fits: whether they are kept.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, workers: int, free: float) -> None:
+        self._images, self._batch_size, self._workers = images, batch_size, workers
+        self.fingerprint = images.fingerprint
+        image: Tensor = images.dataset[0][0]
+        self.bytes = len(images) * image.nbytes
+        self.fits = self.bytes <= free
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not self.fits:
+            image, label = self._images.dataset[index]
+            return image, label
+        images, labels = self._all
+        return images[index], labels[index]
+
+    @functools.cached_property
+    def _all(self) -> tuple[Tensor, Tensor]:
+        batches = self._images.loader(self._batch_size, self._workers)
+        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batch"), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+
+class Decoder:
+    """Decodes what suites share once for all of them: several networks are compared on the same images."""
+
+    def __init__(self, batch_size: int, workers: int) -> None:
+        self._batch_size, self._workers = batch_size, workers
+        self._free = SHARE * free_memory(torch.device("cpu"))
+        self._known: dict[str, Decoded] = {}
+
+    def suite(self, suite: Suite) -> Suite:
+        """The suite with its images decoded once, set by set, where they fit in memory."""
+        return suite.mapped(self._images, training=True)
+
+    def _images(self, images: ImageSet) -> ImageSet:
+        if images.fingerprint not in self._known:
+            found = Decoded(images, self._batch_size, self._workers, self._free)
+            self._known[images.fingerprint] = found
+            self._free -= found.bytes if found.fits else 0
+        return replace(images, dataset=self._known[images.fingerprint])
 
 
 @dataclass(frozen=True)
@@ -66,7 +122,7 @@ class Evaluation:
         suite.network.to(device)
         self._device, self._batch_size, self._workers = device, batch_size, workers
         self._scores = ScoreCache(cache / "scores")
-        self._expenses = Expenses(cache / "costs")
+        self._costs = cache / "costs"
         self._built: dict[str, Scorer] = {}
 
     def scores(self, method: Method) -> dict[str, Scored]:
@@ -77,7 +133,7 @@ class Evaluation:
         found = {}
         for images in self.suite.test_sets:
             pred, scores, labels = score_dataset(
-                functools.partial(self._score, method),
+                lambda images: self._scorer(method)(images),
                 self._loader(images),
                 self._device,
                 cache=self._scores,
@@ -93,16 +149,13 @@ class Evaluation:
 
     def expense(self, method: Method) -> Expense:
         """What scoring ID images costs on this machine, measured once."""
-        return self._expenses.of(
-            {**self._key(method, self.suite.in_distribution), "code": keys.code()},
-            self.suite.network,
-            lambda: self._scorer(method),
-            lambda: next(iter(self._loader(self.suite.in_distribution)))[0],
-            self._device,
-        )
+        known = self.suite.in_distribution
+        key = {**self._key(method, known), "code": keys.code()}
 
-    def _score(self, method: Method, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._scorer(method)(images)
+        def made() -> tuple[Scorer, Tensor]:
+            return self._scorer(method), next(iter(self._loader(known)))[0]
+
+        return kept_expense(self._costs, key, self.suite.network, made, self._device)
 
     def _scorer(self, method: Method) -> Scorer:
         """Built when first needed: with all scores at hand, never."""

@@ -50,12 +50,19 @@ def write(folder: Path, frame: pd.DataFrame, runs: Sequence[Run], about: Mapping
         if method.source != "openood-sandi" or link is None:
             continue
         ood = ood_csv(frame[frame["method"] == method.name], runs)
-        place = folder / method.name
-        replace(place / "papers.csv", pd.DataFrame([{"Alias": method.title, "Link": link}]).to_csv(index=False))
-        replace(place / f"{FILES[suite.name]}.csv", _row(ood, method, suite.network_name).to_csv(index=False))
-        replace(place / "ood.csv", ood.to_csv(index=False))
-        replace(place / "config.json", json.dumps(_config(method, runs, about), indent=2) + "\n")
-        replace(place / "README.md", _readme(method, shortcomings(runs, about)))
+        tables = {"papers": pd.DataFrame([{"Alias": method.title, "Link": link}]), "ood": ood}
+        tables[FILES[suite.name]] = _row(ood, method, suite.network_name)
+        for name, table in tables.items():
+            replace(folder / method.name / f"{name}.csv", table.to_csv(index=False))
+        config = {
+            "postprocessor": method.name,
+            "options": {name: repr(value) for name, value in method.options.items()},
+            "network": suite.network_description,
+            "weights": [run.suite.weights for run in runs],
+            **about,
+        }
+        replace(folder / method.name / "config.json", json.dumps(config, indent=2) + "\n")
+        replace(folder / method.name / "README.md", _readme(method, shortcomings(runs, about)))
 
 
 def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
@@ -77,20 +84,17 @@ def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
 def _row(ood: pd.DataFrame, method: Method, network: str) -> pd.DataFrame:
     """The row of ``results/<benchmark>.csv``. A group's average is given only if all of its sets are there."""
     auroc = ood.set_index("dataset")["AUROC"]
-    return pd.DataFrame(
-        [
-            {
-                "Training": "CrossEntropy",
-                "Postprocessor": method.title,
-                "Near-OOD_AUROC": auroc.get("nearood", "/"),
-                "Far-OOD_AUROC": auroc.get("farood", "/"),
-                "ID_Accuracy": ood["ACC"].iloc[0],
-                "Outlier_Data": "No",
-                "Arch": network,
-                "Additional_Description": "",
-            }
-        ]
-    )
+    row = {
+        "Training": "CrossEntropy",
+        "Postprocessor": method.title,
+        "Near-OOD_AUROC": auroc.get("nearood", "/"),
+        "Far-OOD_AUROC": auroc.get("farood", "/"),
+        "ID_Accuracy": ood["ACC"].iloc[0],
+        "Outlier_Data": "No",
+        "Arch": network,
+        "Additional_Description": "",
+    }
+    return pd.DataFrame([row])
 
 
 def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
@@ -106,16 +110,6 @@ def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
             f"{len(runs)} network(s), where the leaderboard gives mean and standard deviation over OpenOOD's {RUNS}"
         )
     return found
-
-
-def _config(method: Method, runs: Sequence[Run], about: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "postprocessor": method.name,
-        "options": {name: repr(value) for name, value in method.options.items()},
-        "network": runs[0].suite.network_description,
-        "weights": [run.suite.weights for run in runs],
-        **about,
-    }
 
 
 def _readme(method: Method, short: Sequence[str]) -> str:

@@ -165,23 +165,14 @@ def _record(
         "network_description": suite.network_description,
         "weights": [run.suite.weights for run in runs],
         "sets": [
-            {
-                "name": images.name,
-                "group": images.group,
-                "images": len(images),
-                "description": images.description,
-                "fingerprint": images.fingerprint,
-            }
+            {name: getattr(images, name) for name in ("name", "group")}
+            | {"images": len(images), "description": images.description, "fingerprint": images.fingerprint}
             for images in suite.test_sets
         ],
         "methods": [
-            {
-                "name": outcome.method.name,
-                "title": outcome.method.title,
-                "source": outcome.method.source,
-                "options": {name: _plain(value) for name, value in outcome.method.options.items()},
-                "cost": asdict(outcome.expense) if outcome.expense else None,
-            }
+            {name: getattr(outcome.method, name) for name in ("name", "title", "source")}
+            | {"options": {name: _plain(value) for name, value in outcome.method.options.items()}}
+            | {"cost": asdict(outcome.expense) if outcome.expense else None}
             for outcome in runs[0].outcomes.values()
         ],
         "failures": [asdict(failure) for failure in failures],

@@ -9,17 +9,16 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import pandas as pd
 
-from . import bootstrap
-from .bootstrap import Floats
+from . import metrics
 from .console import progress
 from .cost import Expense
 from .evaluation import Outcome
-from .metrics import detection
+from .metrics import Floats, detection
 from .suite import ImageSet, Suite
 
 FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
-METRICS = dict(zip(bootstrap.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
+METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
 """Columns of the metrics, in percent. Each has its spread beside it: ``low`` and ``high``, or ``std``."""
 AVERAGE = "average"
 """The name, as an OOD set, of the mean over a group's sets."""
@@ -84,18 +83,18 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     With one run the spread is a 95 % bootstrap interval over images; with several, the mean over runs is given and
     its spread is their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
-    suite = runs[0].suite
     rows = []
     for name in progress(list(runs[0].outcomes), "metrics", "method"):
         spreads = _intervals(runs[0], name, resamples) if len(runs) == 1 else _deviations(runs, name)
-        rows += [
-            {"group": group, "OOD set": place, "images": _images(suite, group, place), "method": name, **cells}
-            | _costs(runs[0].outcomes[name].expense)
-            for (group, place), cells in spreads.items()
-        ]
-    places = [(group.name, place) for group in groups(suite) for place in group.places]
-    by_place = [places.index((row["group"], row["OOD set"])) for row in rows]  # type: ignore[arg-type]
-    return pd.DataFrame([rows[at] for at in np.argsort(by_place, kind="stable")])
+        costs = _costs(runs[0].outcomes[name].expense)
+        for group in groups(runs[0].suite):
+            counts = {AVERAGE: sum(map(len, group.sets)), **{images.name: len(images) for images in group.sets}}
+            for place, count in counts.items():
+                of = {"group": group.name, "OOD set": place, "images": count, "method": name}
+                rows.append({**of, **spreads[group.name, place], **costs})
+    frame = pd.DataFrame(rows)
+    order = frame.groupby(["group", "OOD set"], sort=False).ngroup().argsort(kind="stable")
+    return frame.iloc[order].reset_index(drop=True)
 
 
 def point_metrics(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
@@ -117,17 +116,17 @@ def _intervals(run: Run, method: str, resamples: int) -> dict[Place, dict[str, f
     """Percentages of a run with their bootstrap intervals, by group and OOD set."""
     outcome, suite = run.outcomes[method], run.suite
     known = outcome.scored[suite.in_distribution.name]
-    id_draws = bootstrap.draws(len(known.scores), resamples, 0, 0)
+    id_draws = metrics.draws(len(known.scores), resamples, 0, 0)
     strata = [images.name for group in groups(suite) for images in group.sets]
 
     def resampled(images: ImageSet) -> Floats:
-        ood_draws = bootstrap.draws(len(images), resamples, 0, 1 + strata.index(images.name))
-        return bootstrap.resampled(known.scores, outcome.scored[images.name].scores, id_draws, ood_draws)
+        ood_draws = metrics.draws(len(images), resamples, 0, 1 + strata.index(images.name))
+        return metrics.resampled(known.scores, outcome.scored[images.name].scores, id_draws, ood_draws)
 
     spread = _averaged(suite, resampled)
     found = {}
     for place, values in point_metrics(outcome, suite).items():
-        low, high = bootstrap.interval(spread[place])
+        low, high = metrics.interval(spread[place])
         cells = _cells({"": values, " low": low, " high": high})
         found[place] = {**cells, "ID accuracy": 100 * known.accuracy}
     return found
@@ -149,11 +148,6 @@ def _cells(values: Mapping[str, Floats]) -> dict[str, float]:
     """{column: percentage} of metrics (5,) in 0..1 by what their columns' names end with."""
     columns = [(at, metric, end) for at, metric in enumerate(METRICS.values()) for end in values]
     return {metric + end: 100 * float(values[end][at]) for at, metric, end in columns}
-
-
-def _images(suite: Suite, group: str, place: str) -> int:
-    sets = [images for images in suite.out_of_distribution if images.group == group]
-    return sum(len(images) for images in sets if place in (AVERAGE, images.name))
 
 
 def _costs(expense: Expense | None) -> dict[str, float]:

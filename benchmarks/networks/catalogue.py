@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from . import SourceError
-from .bit import BitResNet
 from .cifar import CifarResNet, WideResNet
-from .mobilenet import MobileNetV2
+from .imagenet import BitResNet, MobileNetV2
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of pixels in 0..1, by channel."""

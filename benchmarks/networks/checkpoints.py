@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import SourceError
-from .mobilenet import dequantised
+from .imagenet import dequantised
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
 """Keys under which training scripts put the state dict."""

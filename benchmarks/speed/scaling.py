@@ -16,8 +16,7 @@ from openood_sandi import SandI
 
 from .instrument import count
 from .loops import SandIOptions, SplitLoop
-from .measuring import Setting
-from .methods import Job
+from .measuring import Job, Setting
 from .networks import narrow, randomise
 
 BASE = "CIFAR ResNet-18, every normalisation layer a split, T = 2, 32 pixels"

@@ -25,7 +25,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 import pandas as pd
 import side_by_side
-from comparison import cost, decoding, digits, methods, training
+from comparison import cost, digits, evaluation, methods, training
 from comparison.metrics import detection
 from comparison.suite import Suite
 from comparison.table import FPR_OPENOOD, FPR_PAPER
@@ -69,7 +69,7 @@ def test_a_damaged_measurement_is_made_again(tmp_path: Path, damage: bytes) -> N
     def measured(key: str) -> cost.Expense:
         images = torch.ones(50, 3, 4, 4)
         device = torch.device("cpu")
-        return cost.Expenses(tmp_path).of({"key": key}, nn.Identity(), lambda: next(scorers), lambda: images, device)
+        return cost.kept_expense(tmp_path, {"key": key}, nn.Identity(), lambda: (next(scorers), images), device)
 
     first = measured("a")
     assert first.batch_size == cost.CPU_BATCH and first.peak_bytes == 4 * 48 * cost.CPU_BATCH
@@ -98,10 +98,10 @@ def test_images_are_decoded_once_for_all_where_they_fit(
             decoded[index] += 1
             return torch.full((1, 2, 2), float(index)), index
 
-    monkeypatch.setattr(decoding, "SHARE", share)
+    monkeypatch.setattr(evaluation, "SHARE", share)
     suite = load(0, None)
     images = dataclasses.replace(suite.in_distribution, dataset=Counting(), fingerprint="counting")
-    decoder = decoding.Decoder(batch_size=3, workers=0)
+    decoder = evaluation.Decoder(batch_size=3, workers=0)
     for _ in range(3):  # networks
         known = decoder.suite(dataclasses.replace(suite, in_distribution=images)).in_distribution
         decoded.clear() if not decoded[6] else None  # it looks at the first image's size

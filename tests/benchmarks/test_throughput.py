@@ -29,7 +29,7 @@ from comparison import cost
 from networks.bit import BitResNet
 from networks.catalogue import norms
 from networks.cifar import CifarResNet, WideResNet
-from speed import measuring, methods, report, scaling
+from speed import measuring, report, scaling
 from speed.instrument import count
 from speed.loops import Prefix, SandIOptions, SplitLoop
 from speed.networks import NETWORKS, TimedNetwork, narrow, out_of_place
@@ -298,7 +298,7 @@ def test_a_point_is_measured_with_its_own_numbers() -> None:
     assert [point["method"] for point in few] == [point["method"] for point in many]
     flops = {point["method"]: (point["flops"], more["flops"]) for point, more in zip(few, many, strict=True)}
     assert flops["naive-z"][1] > 5 * flops["naive-z"][0]
-    assert all(name in methods.METHODS for name in flops)
+    assert all(name in measuring.METHODS for name in flops)
 
 
 # ---------------------------------------------------------------- the command
@@ -332,10 +332,10 @@ def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.
     assert list(zip(frame["network"], frame["method"], strict=True)) == [
         (name, method)
         for name in ("resnet18", "resnet50")
-        for method in methods.METHODS
-        if methods.METHODS[method].applies(NETWORKS[name])
+        for method in measuring.METHODS
+        if measuring.METHODS[method].applies(NETWORKS[name])
     ]
-    slow = frame["method"].map(lambda name: methods.METHODS[name].slow)
+    slow = frame["method"].map(lambda name: measuring.METHODS[name].slow)
     assert set(frame["batch"][~slow]) == {3} and set(frame["batch"][slow]) == {2}
     assert (frame["forwards_q1"] <= frame["forwards"]).all() and (frame["forwards"] <= frame["forwards_q3"]).all()
     assert (frame.loc[frame["method"].isin(["forward", "kept", "msp"]), "flops"] == 1).all()

@@ -24,8 +24,7 @@ from comparison.methods.baselines import BASELINES
 from comparison.methods.network import NetworkParts
 from comparison.suite import ImageSet, Suite, digest
 
-from tests.helpers import tiny_suite
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_suite
 
 TRAINING_IMAGES = 52  # KNN looks for the 50th neighbour
 CPU = torch.device("cpu")

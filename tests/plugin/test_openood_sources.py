@@ -17,7 +17,7 @@ for module in ("sklearn", "matplotlib"):
 
 
 from comparison import sources
-from comparison.protocols import BENCHMARKS as OURS
+from comparison.image_lists import BENCHMARKS as OURS
 from comparison.suite import Suite
 from networks import checkpoints
 
