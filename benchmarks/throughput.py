@@ -84,7 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         width=options.width or (0.25 if options.quick else 1.0),
         splits=options.splits,
     )
-    results = _Results(options.out, _describe(options, setting, arguments))
+    about = {
+        "command": shlex.join(["python", "benchmarks/throughput.py", *arguments]),
+        **{name: getattr(options, name) for name in ("seed", "clock", "splits")},
+        **{name: getattr(setting, name) for name in ("width", "turns")},
+        "free_bytes": free_memory(options.device),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        **environment(options.device),
+    }
+    results = _Results(options.out, about)
     try:
         _measure(options, setting, results)
         if options.scaling:
@@ -124,20 +132,6 @@ class _Results:
     def _write(self) -> None:
         if self._folder:
             report.write(self._folder, report.table(self._measurements), self._sweeps, self.run)
-
-
-def _describe(options: argparse.Namespace, setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
-    return {
-        "command": shlex.join(["python", "benchmarks/throughput.py", *arguments]),
-        "seed": options.seed,
-        "clock": options.clock,
-        "splits": options.splits,
-        "width": setting.width,
-        "turns": setting.turns,
-        "free_bytes": free_memory(options.device),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        **environment(options.device),
-    }
 
 
 def _measure(options: argparse.Namespace, setting: Setting, results: _Results) -> None:

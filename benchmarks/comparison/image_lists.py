@@ -78,27 +78,6 @@ BENCHMARKS = {
         network="resnet50",
     ),
 }
-
-TITLES = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "imagenet": "ImageNet-1k",
-    "inaturalist": "iNaturalist",
-    "lsun": "LSUN",
-    "mnist": "MNIST",
-    "ninco": "NINCO",
-    "openimage_o": "OpenImage-O",
-    "places": "Places",
-    "places365": "Places365",
-    "ssb_hard": "SSB-hard",
-    "sun": "SUN",
-    "svhn": "SVHN",
-    "texture": "Textures (DTD)",
-    "textures": "Textures (DTD)",
-    "tin": "TinyImageNet",
-}
-
-
 IMAGES = ("images_classic", "images_largescale")
 
 
@@ -124,9 +103,8 @@ class ImageLists:
 
     def validation(self) -> tuple[ImageSet, ImageSet]:
         """The ID and the OOD images that OpenOOD searches options on."""
-        benchmark = BENCHMARKS[self.data]
-        unknown = self._read("val", benchmark.validation, benchmark.group(benchmark.validation))
-        return self._read("val", self.data, "ID"), unknown
+        unknown = BENCHMARKS[self.data].validation
+        return self._read("val", self.data, "ID"), self._read("val", unknown, BENCHMARKS[self.data].group(unknown))
 
     def out_of_distribution(
         self, protocol: Protocol, asked: list[OodOption]
@@ -177,15 +155,9 @@ class ImageLists:
         folder = next((folder for folder in IMAGES if (self.root / folder / first).is_file()), None)
         if folder is None:
             raise SourceError(f"the first image of {path}, {first}, is not in {' or '.join(IMAGES)} of {self.root}")
-        return image_set(
-            name if split == "test" else f"{split} {name}",
-            group,
-            self.root / folder,
-            entries,
-            self.shape,
-            self.normalisation,
-            f"{TITLES.get(name, name)}, OpenOOD's list {self.data}/{path.name}",
-        )
+        shown = name if split == "test" else f"{split} {name}"
+        description = f"OpenOOD's list {self.data}/{path.name}"
+        return image_set(shown, group, self.root / folder, entries, self.shape, self.normalisation, description)
 
     def _entry(self, line: str, place: str, group: Group) -> tuple[str, int]:
         file, _, text = line.partition(" ")

@@ -49,7 +49,7 @@ def detection(id_scores: Scores, ood_scores: Scores) -> Detection:
             raise ValueError(
                 f"{bad} of {len(scores)} {name} scores are NaN or infinite; check the images and the network's output."
             )
-    is_ood = np.concatenate([np.zeros(len(id_scores), dtype=bool), np.ones(len(ood_scores), dtype=bool)])
+    is_ood = np.repeat([False, True], [len(id_scores), len(ood_scores)])
     oodness = np.concatenate([id_scores, ood_scores])
     return Detection(
         auroc=float(metrics.roc_auc_score(is_ood, oodness)),
@@ -98,15 +98,9 @@ def resampled(id_scores: Scores, ood_scores: Scores, id_draws: Draws, ood_draws:
     count = int(ranks.max()) + 1
     id_ranks, ood_ranks = ranks[: len(id_scores)], ranks[len(id_scores) :]
     step = max(1, CHUNK // count)
-    return np.concatenate(
-        [
-            _metrics(
-                _counted(id_ranks, id_draws[at : at + step], count),
-                _counted(ood_ranks, ood_draws[at : at + step], count),
-            )
-            for at in range(0, len(id_draws), step)
-        ]
-    )
+    parts = [slice(at, at + step) for at in range(0, len(id_draws), step)]
+    counted = ((_counted(id_ranks, id_draws[p], count), _counted(ood_ranks, ood_draws[p], count)) for p in parts)
+    return np.concatenate([_metrics(known, unknown) for known, unknown in counted])
 
 
 def interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
@@ -129,16 +123,9 @@ def _metrics(known: Floats, unknown: Floats) -> Floats:
     auroc = np.einsum("ru,ru->r", known, ood_above - unknown / 2) / (id_total * ood_total)
     # With ID positive, thresholds come from the other end, and what is accepted at a rank is that rank and below.
     id_below, ood_below = id_total - id_above + known, ood_total - ood_above + unknown
-    return np.stack(
-        [
-            auroc,
-            _aupr_by_rank(id_below[:, ::-1], ood_below[:, ::-1]),
-            _aupr_by_rank(ood_above, id_above),
-            _fpr95_by_rank(ood_above, id_above),
-            _fpr95_by_rank(id_below[:, ::-1], ood_below[:, ::-1]),
-        ],
-        axis=1,
-    )
+    id_first, ood_first = (id_below[:, ::-1], ood_below[:, ::-1]), (ood_above, id_above)
+    aupr = [_aupr_by_rank(*id_first), _aupr_by_rank(*ood_first)]
+    return np.stack([auroc, *aupr, _fpr95_by_rank(*ood_first), _fpr95_by_rank(*id_first)], axis=1)
 
 
 def _aupr_by_rank(true: Floats, false: Floats) -> Floats:

@@ -151,12 +151,10 @@ def _cells(values: Mapping[str, Floats]) -> dict[str, float]:
 
 
 def _costs(expense: Expense | None) -> dict[str, float]:
-    nothing = float("nan")
-    lower, median, upper = expense.cost.forwards if expense else (nothing, nothing, nothing)
-    return {
-        "images/s": expense.cost.images_per_second if expense else nothing,
-        "forwards": median,
-        "forwards (Q1)": lower,
-        "forwards (Q3)": upper,
-        "peak MiB": expense.peak_bytes / 2**20 if expense else nothing,
-    }
+    names = ("images/s", "forwards", "forwards (Q1)", "forwards (Q3)", "peak MiB")
+    if expense is None:
+        return dict.fromkeys(names, float("nan"))
+    lower, median, upper = expense.cost.forwards
+    return dict(
+        zip(names, (expense.cost.images_per_second, median, lower, upper, expense.peak_bytes / 2**20), strict=True)
+    )

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from networks import SourceError, catalogue, checkpoints
-from networks.bit import BitResNet
 from networks.cifar import CifarResNet, WideResNet
+from networks.imagenet import BitResNet
 from PIL import Image
 from torch import Tensor, nn
 

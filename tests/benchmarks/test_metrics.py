@@ -45,6 +45,7 @@ def test_metrics_of_perfect_and_of_useless_scores() -> None:
     useless = detection(np.zeros(5), np.zeros(5))
     assert (useless.auroc, useless.fpr95_id_lost, useless.fpr95_ood_let_in) == (0.5, 1, 1)
 
+
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 
 

@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 import throughput
 from comparison import cost
-from networks.bit import BitResNet
 from networks.catalogue import norms
 from networks.cifar import CifarResNet, WideResNet
+from networks.imagenet import BitResNet
 from speed import measuring, report, scaling
 from speed.instrument import count
 from speed.loops import Prefix, SandIOptions, SplitLoop

@@ -186,33 +186,31 @@ class OpenOODNetwork(nn.Module):
         return self.fc
 
 
-class Remembering(nn.Module):
-    """A network in OpenOOD's form that computes every batch once, where no gradients are wanted.
+@contextmanager
+def remembering(net: nn.Module) -> Iterator[None]:
+    """Within it a network in OpenOOD's form computes every batch once, where no gradients are wanted.
 
     OpenOOD's search scores the validation images again for every value, though most methods ask the network for the
     same logits and features each time.
     """
+    compute = net.forward
+    known: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self._known: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
-
-    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
+    def forward(x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            result: Tensor = self.net(x)
+            result: Tensor = compute(x)
             return result
         asked = digest(x), return_feature
-        if asked not in self._known:
-            self._known[asked] = self.net(x, return_feature=True) if return_feature else (self.net(x),)
-        answer = tuple(tensor.clone() for tensor in self._known[asked])  # ASH writes into it
+        if asked not in known:
+            known[asked] = compute(x, return_feature=True) if return_feature else (compute(x),)
+        answer = tuple(tensor.clone() for tensor in known[asked])  # ASH writes into it
         return answer if return_feature else answer[0]
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.net, name)
+    net.forward = forward
+    try:
+        yield
+    finally:
+        del net.forward  # the instance's; the class's shows again
 
 
 def as_linear(head: LinearHead) -> nn.Linear:

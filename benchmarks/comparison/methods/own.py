@@ -38,17 +38,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sandi-z-union": ("S&I-Z, union", {**Z, "combine": "union"}),
     "sandi-z-intersection": ("S&I-Z, intersection", {**Z, "combine": "intersection"}),
     # how far to walk: the step sizes of the authors' additional results, and far greater ones
-    "sandi-z-eta0.0005": ("S&I-Z, step 0.0005", {**Z, "step_size": 0.0005}),
-    "sandi-z-eta0.0015": ("S&I-Z, step 0.0015", {**Z, "step_size": 0.0015}),
-    "sandi-z-eta0.002": ("S&I-Z, step 0.002", {**Z, "step_size": 0.002}),
-    "sandi-z-eta0.01": ("S&I-Z, step 0.01", {**Z, "step_size": 0.01}),
-    "sandi-z-eta0.1": ("S&I-Z, step 0.1", {**Z, "step_size": 0.1}),
-    "sandi-a-eta0.01": ("S&I-A, step 0.01", {**A, "step_size": 0.01}),
-    "sandi-a-eta0.1": ("S&I-A, step 0.1", {**A, "step_size": 0.1}),
-    "sandi-z-t3": ("S&I-Z, T=3", {**Z, "steps": 3}),
-    "sandi-z-t5": ("S&I-Z, T=5", {**Z, "steps": 5}),
-    "sandi-a-t3": ("S&I-A, T=3", {**A, "steps": 3}),
-    "sandi-a-t5": ("S&I-A, T=5", {**A, "steps": 5}),
+    **{
+        f"sandi-z-eta{eta}": (f"S&I-Z, step {eta}", {**Z, "step_size": eta})
+        for eta in (0.0005, 0.0015, 0.002, 0.01, 0.1)
+    },
+    **{f"sandi-a-eta{eta}": (f"S&I-A, step {eta}", {**A, "step_size": eta}) for eta in (0.01, 0.1)},
+    **{f"sandi-z-t{steps}": (f"S&I-Z, T={steps}", {**Z, "steps": steps}) for steps in (3, 5)},
+    **{f"sandi-a-t{steps}": (f"S&I-A, T={steps}", {**A, "steps": steps}) for steps in (3, 5)},
 }
 """Title and options of :class:`openood_sandi.SandI` by name."""
 

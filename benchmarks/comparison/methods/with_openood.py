@@ -9,9 +9,9 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from networks.catalogue import openood_importable
@@ -22,8 +22,10 @@ from openood_sandi.plugin import registry, standins
 
 from ..suite import Suite
 from .baselines import BASELINES, Need
-from .method import Method, Offer, Scorer
-from .network import NetworkParts, OpenOODNetwork, Remembering, frozen
+from .method import Library, Method, Offer, Scorer
+from .network import NetworkParts, OpenOODNetwork, frozen, remembering
+
+Options = Mapping[str, Any]
 
 OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
     "sandi": ("S&I", ()),
@@ -40,9 +42,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
     absent: dict[str, str] = {}
     problem = import_problem()
 
-    def add(
-        name: str, title: str, needs: tuple[Need, ...], options: dict[str, Any], sweep: dict[str, list[Any]]
-    ) -> None:
+    def add(name: str, title: str, needs: Sequence[Need], options: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         searched = name + "-search" if sweep else name
         needs = (*needs, "validation") if sweep else needs
         lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
@@ -51,14 +51,10 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         if lacking:
             absent[searched] = lacking
             return
-        decisive = {**options, **parts.fingerprints(needs)}
-        methods[searched] = Method(
-            searched,
-            f"{title}, searched" if sweep else title,
-            "openood-sandi" if name in OWN_SEARCHED else "OpenOOD",
-            {**decisive, "searched": sweep} if sweep else decisive,
-            functools.partial(_build, name=name, options=options, sweep=sweep),
-        )
+        title, source = f"{title}, searched" if sweep else title, "openood-sandi" if name in OWN_SEARCHED else "OpenOOD"
+        decisive = {**options, **parts.fingerprints(needs), **({"searched": sweep} if sweep else {})}
+        build = functools.partial(_build, name=name, options=options, sweep=sweep)
+        methods[searched] = Method(searched, title, cast(Library, source), decisive, build)
 
     for name, baseline in BASELINES.items():
         options, sweep = parts.options(name)
@@ -99,20 +95,17 @@ def _own_options(name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 
 
 def _build(
-    suite: Suite,
-    device: torch.device,
-    batch_size: int,
-    *,
-    name: str,
-    options: Mapping[str, Any],
-    sweep: Mapping[str, Any],
+    suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Options, sweep: Options
 ) -> Scorer:
-    _require_openoods_device(device)
+    if device.type != "cuda" and torch.cuda.device_count():
+        raise ValueError(
+            f"OpenOOD's methods run on the GPU where there is one, not on {device}; "
+            'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
+        )
     backbone = plain = suite.network.to(device)
     if name in BASELINES and "head" in BASELINES[name].needs:
         plain = _with_interface(backbone, NetworkParts(suite).image)
-    wrapped = _wrapper(name)
-    network = wrapped(Remembering(plain) if sweep and name in BASELINES else plain)
+    network = _wrapper(name)(plain)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -120,8 +113,8 @@ def _build(
     with current, frozen(backbone), contextlib.redirect_stdout(sys.stderr):
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
-            _search(network, loaders, postprocessor)
-            network = wrapped(plain)  # what it scores and costs from now on is computed
+            with remembering(plain) if name in BASELINES else contextlib.nullcontext():
+                _search(network, loaders, postprocessor)
     if name in OWN_SEARCHED:
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
@@ -139,7 +132,7 @@ class Searched:
     """A scorer with the option values that OpenOOD's search has chosen."""
 
     score: Scorer
-    chosen: Mapping[str, Any]
+    chosen: Options
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.score(images)
@@ -155,18 +148,10 @@ def _search(network: nn.Module, loaders: Mapping[str, DataLoader[Any]], postproc
     evaluator.hyperparam_search()
 
 
-def _chosen(postprocessor: Any, sweep: Mapping[str, Any]) -> dict[str, Any]:
+def _chosen(postprocessor: Any, sweep: Options) -> dict[str, Any]:
     """The values that the search has chosen, by option; OpenOOD's own with one option give it without a list."""
     values = postprocessor.get_hyperparam()
     return dict(zip(sweep, values if isinstance(values, list) else [values], strict=True))
-
-
-def _require_openoods_device(device: torch.device) -> None:
-    if device.type != "cuda" and torch.cuda.device_count():
-        raise ValueError(
-            f"OpenOOD's methods run on the GPU where there is one, not on {device}; "
-            'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
-        )
 
 
 def _with_interface(net: nn.Module, image: Tensor) -> nn.Module:
@@ -186,21 +171,15 @@ def _wrapper(name: str) -> Callable[[nn.Module], nn.Module]:
     return wrappers.get(name, lambda net: net)
 
 
-def _postprocessor(name: str, suite: Suite, options: Mapping[str, Any], sweep: Mapping[str, Any]) -> Any:
+def _postprocessor(name: str, suite: Suite, options: Options, sweep: Options) -> Any:
     from openood.evaluation_api.postprocessor import postprocessors
     from openood.postprocessors.info import num_classes_dict
     from openood.utils.config import Config
 
     num_classes_dict.setdefault(suite.name, suite.classes)  # OpenOOD looks its own data sets up there
-    config = Config(
-        dataset={"name": suite.name},
-        postprocessor={
-            "name": name,
-            "APS_mode": bool(sweep),
-            "postprocessor_args": dict(options),
-            "postprocessor_sweep": dict(sweep),
-        },
-    )
+    settings: dict[str, Any] = {"name": name, "APS_mode": bool(sweep)}
+    settings |= {"postprocessor_args": dict(options), "postprocessor_sweep": dict(sweep)}
+    config = Config(dataset={"name": suite.name}, postprocessor=settings)
     built = standins.require_real((registry.postprocessor_class(name) or postprocessors[name])(config))
     if name == "odin":
         built.input_std = list(suite.normalisation[1])  # the network's own, whatever the data set's name
