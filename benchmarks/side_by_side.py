@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.console import device, new_parser, positive, progress
+from comparison.console import device, positive, progress
 from comparison.environment import environment, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
@@ -36,7 +36,7 @@ from openood_sandi.runs import ranks
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     sources.add_arguments(parser)
     add = parser.add_argument
     names = "names, 'default' or 'all'; a wrong name lists them; default: default"

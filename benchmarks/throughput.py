@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from comparison.console import device, new_parser, number, positive
+from comparison.console import device, number, positive
 from comparison.environment import environment, free_memory, same_arithmetic_on_gpus
 from speed import report
 from speed.measuring import METHODS, Bench, Setting
@@ -35,7 +35,7 @@ QUICK_NETWORKS = ("resnet18", "resnet50")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=here, help="default here: %(default)s")
@@ -110,28 +110,20 @@ class _Results:
 
     def __init__(self, folder: Path | None, run: dict[str, Any]) -> None:
         self._folder, self.run = folder, run
-        self._measurements: list[dict[str, Any]] = []
-        self._sweeps: dict[str, pd.DataFrame] = {}
-
-    def add(self, measurement: dict[str, Any]) -> None:
-        self._measurements.append(measurement)
-        self._write()
-
-    def add_sweep(self, name: str, points: list[dict[str, Any]]) -> None:
-        self._sweeps[name] = pd.DataFrame(points)
-        self._write()
+        self.measurements: list[dict[str, Any]] = []
+        self.sweeps: dict[str, pd.DataFrame] = {}
 
     def print(self) -> None:
         print(report.heading(self.run))
-        if self._measurements:
-            print("\n" + report.screen(report.table(self._measurements)), report.LEGEND, sep="\n\n")
-        for name, sweep in self._sweeps.items():
+        if self.measurements:
+            print("\n" + report.screen(report.table(self.measurements)), report.LEGEND, sep="\n\n")
+        for name, sweep in self.sweeps.items():
             wide = sweep.pivot(index="value", columns="method", values=["forwards", "flops"]).round(2)
             print(f"\nCost in forwards against {name} (otherwise: {self.run['sweeps']}):\n{wide.to_string()}")
 
-    def _write(self) -> None:
+    def write(self) -> None:
         if self._folder:
-            report.write(self._folder, report.table(self._measurements), self._sweeps, self.run)
+            report.write(self._folder, report.table(self.measurements), self.sweeps, self.run)
 
 
 def _measure(options: argparse.Namespace, setting: Setting, results: _Results) -> None:
@@ -142,16 +134,15 @@ def _measure(options: argparse.Namespace, setting: Setting, results: _Results) -
             for method in [method for method in options.methods if METHODS[method].applies(network)]:
                 progress.set_description(f"{name} {method}")
                 for batch in setting.batch_sizes(method, options.batch_size or _batch_sizes(network, options)):
-                    results.add(bench.measure(method, batch))
+                    results.measurements.append(bench.measure(method, batch))
+                    results.write()
 
 
 def _batch_sizes(network: TimedNetwork, options: argparse.Namespace) -> list[int]:
     small = network.image_size < 224
-    if options.quick:
-        return [8] if small else [2]
-    if options.device.type == "cuda":
+    if options.device.type == "cuda" and not options.quick:
         return [16, 64, 200] if small else [8, 32]
-    return [16] if small else [2]
+    return [8 if options.quick else 16] if small else [2]
 
 
 def _sweep(options: argparse.Namespace, setting: Setting, results: _Results) -> None:
@@ -163,7 +154,9 @@ def _sweep(options: argparse.Namespace, setting: Setting, results: _Results) -> 
     with tqdm(sweeps(batch, options.quick).items(), unit="sweep", disable=None) as progress:
         for name, points in progress:
             progress.set_description(f"cost against {name}")
-            results.add_sweep(name, [row for value, point in points for row in measure_point(value, point, setting)])
+            rows = [row for value, point in points for row in measure_point(value, point, setting)]
+            results.sweeps[name] = pd.DataFrame(rows)
+            results.write()
 
 
 if __name__ == "__main__":

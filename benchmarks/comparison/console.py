@@ -39,11 +39,6 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
 
 
-def new_parser(summary: str | None) -> argparse.ArgumentParser:
-    """A command line with the first line of a script's docstring."""
-    return argparse.ArgumentParser(description=(summary or "").partition("\n")[0])
-
-
 def progress(items: Iterable[T], description: str, unit: str) -> Iterable[T]:
     """The items, with a bar on a terminal, of one process among several, that says how many are done."""
     shown = None if ranks.is_main_process() else True  # None: where the output is a terminal

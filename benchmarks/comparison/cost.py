@@ -18,7 +18,7 @@ from .environment import hardware
 from .files import replace
 
 MIN_TURNS = 7
-MAX_TURNS = 10_000
+MOST = 10_000
 MIN_SECONDS = 1.0  # a small network needs more turns for a steady median
 MAX_SECONDS = 60.0  # a slow method has fewer turns, but FEW at least
 FEW = 3
@@ -54,7 +54,7 @@ def measure(
     is done once for a network: memory, kernel choice, the detector's study of the network.
 
     Args:
-        turns: how many, 2 at least; by default ``MIN_TURNS``, more (up to ``MAX_TURNS``) where these take less than
+        turns: how many, 2 at least; by default ``MIN_TURNS``, more (up to ``MOST``) where these take less than
             ``MIN_SECONDS`` and fewer where they take more than ``MAX_SECONDS``.
         clock: in seconds; ``time.perf_counter`` by default.
     """
@@ -78,9 +78,7 @@ def measure(
 
 
 def _enough(turns: int, seconds: float) -> bool:
-    if turns >= MAX_TURNS:
-        return True
-    return (turns >= MIN_TURNS and seconds >= MIN_SECONDS) or (turns >= FEW and seconds >= MAX_SECONDS)
+    return (turns >= MIN_TURNS and seconds >= MIN_SECONDS) or (turns >= FEW and seconds >= MAX_SECONDS) or turns >= MOST
 
 
 def _seconds(call: Callable[[Tensor], object], images: Tensor, clock: Callable[[], float]) -> float:
@@ -91,8 +89,6 @@ def _seconds(call: Callable[[Tensor], object], images: Tensor, clock: Callable[[
     synchronize()
     return clock() - start
 
-
-# ---------------------------------------------------------------------------------------- kept on disk
 
 CPU_BATCH = 16
 """Images that are timed at a time on a CPU, at most: more take longer and tell the same."""

@@ -31,28 +31,15 @@ SHARE = 0.5
 
 
 class Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """A set's images and labels: if they fit, in memory from the first one asked for on.
+    """A set's images and labels, in memory from the first one asked for on."""
 
-    Attributes:
-        fingerprint: the set's, by which the score cache knows the images.
-        bytes: what the images take.
-        fits: whether they are kept.
-    """
-
-    def __init__(self, images: ImageSet, batch_size: int, workers: int, free: float) -> None:
+    def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
         self._images, self._batch_size, self._workers = images, batch_size, workers
-        self.fingerprint = images.fingerprint
-        image: Tensor = images.dataset[0][0]
-        self.bytes = len(images) * image.nbytes
-        self.fits = self.bytes <= free
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not self.fits:
-            image, label = self._images.dataset[index]
-            return image, label
         images, labels = self._all
         return images[index], labels[index]
 
@@ -69,7 +56,7 @@ class Decoder:
     def __init__(self, batch_size: int, workers: int) -> None:
         self._batch_size, self._workers = batch_size, workers
         self._free = SHARE * free_memory(torch.device("cpu"))
-        self._known: dict[str, Decoded] = {}
+        self._known: dict[str, Dataset[Any]] = {}
 
     def suite(self, suite: Suite) -> Suite:
         """The suite with its images decoded once, set by set, where they fit in memory."""
@@ -77,9 +64,12 @@ class Decoder:
 
     def _images(self, images: ImageSet) -> ImageSet:
         if images.fingerprint not in self._known:
-            found = Decoded(images, self._batch_size, self._workers, self._free)
-            self._known[images.fingerprint] = found
-            self._free -= found.bytes if found.fits else 0
+            taken = len(images) * images.dataset[0][0].nbytes
+            fits = taken <= self._free
+            self._known[images.fingerprint] = (
+                Decoded(images, self._batch_size, self._workers) if fits else images.dataset
+            )
+            self._free -= taken if fits else 0
         return replace(images, dataset=self._known[images.fingerprint])
 
 
@@ -164,8 +154,7 @@ class Evaluation:
         return self._built[method.name]
 
     def _loader(self, images: ImageSet) -> DataLoader[Any]:
-        in_memory = isinstance(images.dataset, Decoded) and images.dataset.fits
-        return images.loader(self._batch_size, 0 if in_memory else self._workers)
+        return images.loader(self._batch_size, 0 if isinstance(images.dataset, Decoded) else self._workers)
 
     def _key(self, method: Method, images: ImageSet) -> dict[str, object]:
         """All that decides the scores; the cache adds the digest of the package's code."""

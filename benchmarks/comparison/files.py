@@ -26,7 +26,7 @@ def replace(path: Path, write: str | Callable[[Path], object]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG; its path."""
-    replace(path, lambda partial: figure.savefig(partial, format="png"))
+    replace(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
     return path
 
 

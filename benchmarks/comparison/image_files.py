@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from networks import SourceError
-from networks.catalogue import Input, Normalisation
+from networks.catalogue import Input, Normalisation, imported
 from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -46,10 +46,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
 
 def transform(shape: Input, normalisation: Normalisation) -> Any:
     """From a PIL image in RGB to the network's input: torchvision's resize, centre crop, tensor and normalisation."""
-    try:
-        from torchvision import transforms
-    except ImportError as error:
-        raise SourceError(f"Reading images needs torchvision ({error}): pip install torchvision.") from error
+    transforms = imported("torchvision.transforms")
     return transforms.Compose(
         [
             transforms.Resize(shape.resize, transforms.InterpolationMode(shape.interpolation)),
@@ -90,9 +87,6 @@ def _size(path: Path) -> int | None:
         return os.stat(path).st_size
     except OSError:
         return None
-
-
-# ---------------------------------------------------------------------------------------- folders
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,18 @@ def write(folder: Path, frame: pd.DataFrame, runs: Sequence[Run], about: Mapping
             continue
         ood = ood_csv(frame[frame["method"] == method.name], runs)
         tables = {"papers": pd.DataFrame([{"Alias": method.title, "Link": link}]), "ood": ood}
-        tables[FILES[suite.name]] = _row(ood, method, suite.network_name)
+        auroc = ood.set_index("dataset")["AUROC"]
+        row = {
+            "Training": "CrossEntropy",
+            "Postprocessor": method.title,
+            "Near-OOD_AUROC": auroc.get("nearood", "/"),  # given only if all of its sets are there
+            "Far-OOD_AUROC": auroc.get("farood", "/"),
+            "ID_Accuracy": ood["ACC"].iloc[0],
+            "Outlier_Data": "No",
+            "Arch": suite.network_name,
+            "Additional_Description": "",
+        }
+        tables[FILES[suite.name]] = pd.DataFrame([row])
         for name, table in tables.items():
             replace(folder / method.name / f"{name}.csv", table.to_csv(index=False))
         config = {
@@ -81,22 +92,6 @@ def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
     return found
 
 
-def _row(ood: pd.DataFrame, method: Method, network: str) -> pd.DataFrame:
-    """The row of ``results/<benchmark>.csv``. A group's average is given only if all of its sets are there."""
-    auroc = ood.set_index("dataset")["AUROC"]
-    row = {
-        "Training": "CrossEntropy",
-        "Postprocessor": method.title,
-        "Near-OOD_AUROC": auroc.get("nearood", "/"),
-        "Far-OOD_AUROC": auroc.get("farood", "/"),
-        "ID_Accuracy": ood["ACC"].iloc[0],
-        "Outlier_Data": "No",
-        "Arch": network,
-        "Additional_Description": "",
-    }
-    return pd.DataFrame([row])
-
-
 def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
     """Why the numbers are not the leaderboard's benchmark; none if they are."""
     suite = runs[0].suite
@@ -113,11 +108,8 @@ def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
 
 
 def _readme(method: Method, short: Sequence[str]) -> str:
-    if short:
-        verdict = "**Incomplete, not for submission:**\n\n" + "\n".join(f"- {reason}" for reason in short)
-    else:
-        verdict = (
-            "Complete as far as this tool can tell. Before a pull request: the networks must be OpenOOD's own "
-            "checkpoints, and `Arch` and `Additional_Description` should name them as the other rows do."
-        )
+    verdict = "**Incomplete, not for submission:**\n\n" + "\n".join(f"- {reason}" for reason in short)
+    if not short:
+        verdict = "Complete as far as this tool can tell. Before a pull request: the networks must be OpenOOD's own "
+        verdict += "checkpoints, and `Arch` and `Additional_Description` should name them as the other rows do."
     return f"# {method.title} for OpenOOD's leaderboard\n\n{verdict}\n"

@@ -71,8 +71,6 @@ def _fpr95(positive: npt.NDArray[np.bool_], scores: Scores) -> float:
     return float(false_positive_rate[np.argmax(true_positive_rate >= 0.95)])
 
 
-# ---------------------------------------------------------------------------------------- resampled
-
 METRICS = tuple(field.name for field in fields(Detection))
 """The columns of :func:`resampled`, in order."""
 CHUNK = 1 << 15  # counts held at a time: these stay in the processor's cache
@@ -101,13 +99,6 @@ def resampled(id_scores: Scores, ood_scores: Scores, id_draws: Draws, ood_draws:
     parts = [slice(at, at + step) for at in range(0, len(id_draws), step)]
     counted = ((_counted(id_ranks, id_draws[p], count), _counted(ood_ranks, ood_draws[p], count)) for p in parts)
     return np.concatenate([_metrics(known, unknown) for known, unknown in counted])
-
-
-def interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
-    """The percentile interval of resampled ``values`` (resamples, ...): lower and upper ends (...)."""
-    tail = 50 * (1 - level)
-    low, high = np.percentile(values, [tail, 100 - tail], axis=0)
-    return low, high
 
 
 def _counted(ranks: npt.NDArray[np.signedinteger[Any]], drawn: Draws, count: int) -> Floats:

@@ -7,7 +7,6 @@ the eye and not for a difference.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,17 +33,8 @@ MAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "imagenet": ("Table 2", IMAGENET_SETS),
 }
 """By the suite's name, the main comparison there and its OOD sets: the paper's name and ours."""
-METHODS = {
-    "MSP": "msp",
-    "ODIN": "odin",
-    "Energy": "ebo",
-    "GradNorm": "gradnorm",
-    "RankFeat": "rankfeat",
-    "ReAct": "react",
-    "SCALE": "scale",
-    "GAIA": "gaia",
-    "S&I": "sandi",
-}
+COMPARED = ("MSP", "ODIN", "Energy", "GradNorm", "RankFeat", "ReAct", "SCALE", "GAIA", "S&I")
+METHODS = {name: {"Energy": "ebo", "S&I": "sandi"}.get(name, name.lower()) for name in COMPARED}
 """What the authors compare, by the paper's name; of GAIA and S&I, Z on CIFAR and A on ImageNet."""
 ABLATIONS = {
     "attack (T = 1 is none) and layer splitting": ("steps", "splitting"),
@@ -55,11 +45,7 @@ ABLATIONS = {
 """The paper's Tables 3-5 as far as they are known here: the options of S&I that vary, others as published."""
 PUBLISHED_ON = "published (ResNet-34, five sets)"
 PUBLISHED_COLUMNS = [f"average {metric}, {PUBLISHED_ON}" for metric in COLUMNS]
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(SandI).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-}
+DEFAULTS: dict[str, Any] = SandI.__init__.__kwdefaults__ or {}
 
 
 def sections(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -85,10 +71,8 @@ def _main(frame: pd.DataFrame, run: Run) -> Iterator[str]:
     for name in METHODS:
         known = [network for network in published["network"].unique() if (name, network) in cells.index]
         rows |= {(name, f"{network}, published"): cells.loc[(name, network)].to_dict() for network in known}
-        # Networks without any value share a row.
-        absent = [network for network in published["network"].unique() if network not in known]
-        if absent:
-            rows[name, f"{', '.join(absent)}, published"] = {}
+        if absent := ", ".join(network for network in published["network"].unique() if network not in known):
+            rows[name, f"{absent}, published"] = {}  # networks without any value share a row
         rows[name, f"{run.suite.network_name}, here"] = _measured(frame, run, name, sets)
     table = pd.DataFrame(
         list(rows.values()),

@@ -25,23 +25,20 @@ from .files import save_figure
 from .suite import ImageSet, Suite
 from .table import AVERAGE, Run, groups
 
-COLOURS = {
-    "msp": "#555555",
-    "ebo": "#d98e04",
-    "gaia-z": "#7fc8f8",
-    "gaia-a": "#f4a6a0",
-    "sandi-z": "#1b6ca8",
-    "sandi-a": "#b03a2e",
-}
-"""Of methods that pictures with room for a few show first."""
+SHOWN = ("msp", "ebo", "gaia-z", "gaia-a", "sandi-z", "sandi-a")
+"""Methods that pictures with room for a few show first."""
+COLOURS = dict(zip(SHOWN, ("#555555", "#d98e04", "#7fc8f8", "#f4a6a0", "#1b6ca8", "#b03a2e"), strict=True))
 OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
 """For as many as there is room for."""
+EXAMPLES, SPLITS, ROOM = 2, 4, 5
+"""What heat maps show: ID images, splits evenly spread over the network, and at most so many OOD sets, by an image."""
+T = TypeVar("T")
 ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
 
 def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
     """Write all pictures; the paths written."""
-    names = [name for name in COLOURS if name in run.outcomes]
+    names = [name for name in SHOWN if name in run.outcomes]
     names += [name for name in run.outcomes if name not in names]
     outcomes = [run.outcomes[name] for name in names[: len(OTHERS)]]
     figures = {"histograms": histograms(outcomes, run.suite), "roc": roc_curves(outcomes, run.suite)}
@@ -53,7 +50,7 @@ def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
 def histograms(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
     """Scores of ID images behind those of each OOD set: a row of panels for each method."""
     sets = suite.out_of_distribution
-    figure = _figure(1.1 + 2.3 * len(sets), 0.9 + 1.35 * len(outcomes))
+    figure = Figure((1.1 + 2.3 * len(sets), 0.9 + 1.35 * len(outcomes)), layout="constrained")
     panels = figure.subplots(len(outcomes), len(sets), squeeze=False)
     for row, outcome in zip(panels, outcomes, strict=True):
         scored = [outcome.scored[images.name].scores for images in suite.test_sets]
@@ -82,7 +79,7 @@ def roc_curves(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
     sets = suite.out_of_distribution
     columns = 2 if len(sets) in (2, 4) else min(len(sets), 3)
     rows = math.ceil(len(sets) / columns)
-    figure = _figure(3.1 * columns, 0.6 + 3.1 * rows)
+    figure = Figure((3.1 * columns, 0.6 + 3.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, images in zip(panels, sets, strict=False):
         for outcome, other in zip(outcomes, OTHERS, strict=False):
@@ -109,7 +106,7 @@ def roc_curves(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
 def cost_against_auroc(frame: pd.DataFrame, run: Run) -> Figure:
     """AUROC against time in plain forward passes, a panel for near- and one for far-OOD."""
     found = groups(run.suite)
-    figure = _figure(6.0 * len(found), 5.4)
+    figure = Figure((6.0 * len(found), 5.4), layout="constrained")
     for panel, group in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         rows = frame[(frame["group"] == group.name) & (frame["OOD set"] == AVERAGE)].dropna(subset=["forwards"])
         ours = [run.outcomes[name].method.source == "openood-sandi" for name in rows["method"]]
@@ -152,20 +149,6 @@ def _plain(panel: Axes, title: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-T = TypeVar("T")
-EXAMPLES = 2
-"""ID images that are shown; of an OOD set one is."""
-SPLITS = 4
-"""Splits that are shown, evenly spread over the network."""
-ROOM = 5
-"""OOD sets that are shown at most, evenly chosen."""
-
-
 def heat_maps(path: Path, suite: Suite, device: torch.device) -> Path:
     """Attribution maps (Eq. 10) over example images, as the S&I paper's Figure 2 shows them.
 
@@ -182,7 +165,7 @@ def heat_maps(path: Path, suite: Suite, device: torch.device) -> Path:
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1).float().numpy()
 
     height, width = len(images), 1 + len(columns)
-    figure = Figure(figsize=(0.4 + 1.05 * width, 0.3 + 1.05 * height), dpi=100, layout="constrained")
+    figure = Figure((0.4 + 1.05 * width, 0.3 + 1.05 * height), layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
     for row, label in enumerate(labels):
         panels[row, 0].imshow(pixels[row], cmap="gray", vmin=0, vmax=1)

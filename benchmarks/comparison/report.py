@@ -22,11 +22,8 @@ COSTS = {"forwards": "{:.2f}", "images/s": "{:.0f}", "peak MiB": "{:.1f}"}
 
 def legend(runs: int) -> str:
     """What the columns mean, a line each."""
-    if runs == 1:
-        spread = (
-            f"[ , ] or low, high: 95 % percentile bootstrap interval over images ({RESAMPLES} stratified resamples)."
-        )
-    else:
+    spread = f"[ , ] or low, high: 95 % percentile bootstrap interval over images ({RESAMPLES} stratified resamples)."
+    if runs > 1:
         spread = f"+- or std: standard deviation over {runs} networks; values are means over them."
     return f"""\
 AUROC to ID accuracy are percentages. ID = in-distribution, OOD = out-of-distribution. Averages weigh sets alike.
@@ -56,16 +53,7 @@ def screen(frame: pd.DataFrame, suite: Suite) -> str:
     """The summary for a terminal: AUROC in one block, the rest in another."""
     text = summary(frame, suite)
     first = text.columns.get_level_values(0) == "AUROC"
-    return "\n\n".join(_flush(text.loc[:, columns]) for columns in (first, ~first))
-
-
-def _flush(text: pd.DataFrame) -> str:
-    """Two header lines: the metric, only where it changes, and what it is of."""
-    heads = [column[0] for column in text.columns]
-    top = [head if at == 0 or heads[at - 1] != head else "" for at, head in enumerate(heads)]
-    table = text.reset_index()
-    table.columns = pd.MultiIndex.from_tuples([("", "method"), *zip(top, (c[1] for c in text.columns), strict=True)])
-    return str(table.to_string(index=False))
+    return "\n\n".join(text.loc[:, columns].reset_index().to_string(index=False) for columns in (first, ~first))
 
 
 def full(frame: pd.DataFrame, suite: Suite) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import digits, image_files
 from .console import positive
 from .image_files import OodOption
 from .image_lists import BENCHMARKS, PROTOCOLS, ImageLists
-from .suite import ImageSet, Suite, state_digest
+from .suite import Suite, state_digest
 from .training import default_cache
 
 RANDOM = "random"
@@ -24,20 +24,6 @@ RANDOM = "random"
 SEED = "{seed}"
 """In a checkpoint's path, gives way to the seed."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".npz")
-
-
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """A network in eval mode, and what it takes."""
-
-    name: str
-    network: nn.Module
-    architecture: Architecture
-    origin: str
-    """Of its weights, in words."""
-    classes: int
-    shape: Input
-    normalisation: Normalisation
 
 
 def trained_network(
@@ -48,17 +34,18 @@ def trained_network(
     classes: int,
     default: Input | None,
     or_more: bool = False,
-) -> TrainedNetwork:
-    """The network ``name`` for ``classes``, or more, ``or_more``, if its weights have more.
+) -> tuple[dict[str, Any], Input]:
+    """What a suite tells of the network ``name``, and its input.
 
+    It has ``classes``, or more, ``or_more``, if its weights have more.
     ``checkpoint`` is a file, or ``RANDOM``, or ``catalogue.DOWNLOAD``. What of the input neither the user's options nor
     the network tell is that of ``default``, the data set's.
     """
     found = classes
     if checkpoint == catalogue.DOWNLOAD:
-        net, preset = catalogue.downloaded(name)
+        net, preset, weights = catalogue.downloaded(name)
         found = checkpoints.classes(net, net.state_dict()) or classes
-        origin = f"weights {catalogue.default_weights(name)}"
+        origin = f"weights {weights}"
     else:
         preset = catalogue.architecture(name)
         net = _seeded(preset, classes, seed)
@@ -72,7 +59,18 @@ def trained_network(
             origin = f"weights of {path.name}"
     if found < classes or (found > classes and not or_more):
         raise SourceError(f"The network has {found} classes and the ID data {classes}: {name}, {origin}.")
-    return TrainedNetwork(name, net.eval(), preset, origin, found, *_input(options, name, preset.input, default))
+    shape, normalisation = _input(options, name, preset.input, default)
+    told = {
+        "network": net.eval(),
+        "network_name": name,
+        "network_description": f"{preset.title}, {origin}",
+        "weights": state_digest(net),
+        "classes": found,
+        "normalisation": normalisation,
+        "paper_splits": tuple(preset.paper_splits(net)),
+        "paper_feature": preset.paper_feature,
+    }
+    return told, shape
 
 
 def _input(
@@ -147,9 +145,11 @@ def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
     seed = options.seeds[0] if seed is None else seed
     if options.data == "digits":
         return digits.load(seed, options.cache)
-    if options.data == "folders":
-        return _from_folders(options, seed)
-    return _from_lists(options, seed)
+    suite = _from_folders(options, seed) if options.data == "folders" else _from_lists(options, seed)
+    known = suite.in_distribution.name
+    if known in [images.name for images in suite.out_of_distribution]:
+        raise SourceError(f"--ood {known} is called as the ID set is; it needs another name.")
+    return suite
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -181,21 +181,20 @@ def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
     benchmark = BENCHMARKS[options.data]
     name = options.network or benchmark.network
     checkpoint = options.checkpoint or checkpoint_beside(options.data_root, options.data, name)
-    net = trained_network(options, name, checkpoint, seed, benchmark.classes, benchmark.input)
-    lists = ImageLists(options.data, options.data_root, net.shape, net.normalisation)
+    network, shape = trained_network(options, name, checkpoint, seed, benchmark.classes, benchmark.input)
+    lists = ImageLists(options.data, options.data_root, shape, network["normalisation"])
     try:
         known = lists.in_distribution()
     except SourceError as error:
         raise SourceError(f"--data {options.data} needs its test images in --data-root: {error}.") from error
     unknown, missing = lists.out_of_distribution(options.protocol, options.ood)
-    suite = _suite(options.data, net, PROTOCOLS[options.protocol], known, unknown)
-    parts: dict[str, Any] = {}
     for what, read in (("training", lists.training), ("validation", lists.validation)):
         try:
-            parts[what] = read()
+            network[what] = read()
         except SourceError as error:
             missing += (f"{what} images: {error}",)
-    return replace(suite, **parts, missing=missing)
+    told = {"protocol": PROTOCOLS[options.protocol], "missing": missing, **network}
+    return Suite(options.data, in_distribution=known, out_of_distribution=unknown, **told)
 
 
 def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
@@ -205,31 +204,10 @@ def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
     numbered = all(name.isdecimal() for name in labels)
     count = max(labels.values()) + 1
     # Numbered folders may be some of the network's classes; others have to be all of them, in order.
-    net = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
-    known = image_files.id_set(options.id, labels, net.shape, net.normalisation)
-    unknown = tuple(
-        image_files.folder_set(option.name, option.group or "far", option.folder, net.shape, net.normalisation)
-        for option in options.ood
-    )
+    network, shape = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
+    pixels = shape, network["normalisation"]
+    known = image_files.id_set(options.id, labels, *pixels)
+    unknown = [image_files.folder_set(one.name, one.group or "far", one.folder, *pixels) for one in options.ood]
     missing = tuple(f"{what} images: --data folders has none" for what in ("training", "validation"))
-    return replace(_suite("folders", net, "folders of images", known, unknown), missing=missing)
-
-
-def _suite(data: str, net: TrainedNetwork, protocol: str, known: ImageSet, unknown: tuple[ImageSet, ...]) -> Suite:
-    names = [images.name for images in (known, *unknown)]
-    if len(set(names)) < len(names):
-        raise SourceError(f"--ood {known.name} is called as the ID set is; it needs another name.")
-    return Suite(
-        name=data,
-        network=net.network,
-        network_name=net.name,
-        network_description=f"{net.architecture.title}, {net.origin}",
-        weights=state_digest(net.network),
-        classes=net.classes,
-        normalisation=net.normalisation,
-        in_distribution=known,
-        out_of_distribution=unknown,
-        protocol=protocol,
-        paper_splits=tuple(net.architecture.paper_splits(net.network)),
-        paper_feature=net.architecture.paper_feature,
-    )
+    told = {"protocol": "folders of images", "missing": missing, **network}
+    return Suite("folders", in_distribution=known, out_of_distribution=tuple(unknown), **told)

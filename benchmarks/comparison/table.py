@@ -126,7 +126,7 @@ def _intervals(run: Run, method: str, resamples: int) -> dict[Place, dict[str, f
     spread = _averaged(suite, resampled)
     found = {}
     for place, values in point_metrics(outcome, suite).items():
-        low, high = metrics.interval(spread[place])
+        low, high = np.percentile(spread[place], [2.5, 97.5], axis=0)
         cells = _cells({"": values, " low": low, " high": high})
         found[place] = {**cells, "ID accuracy": 100 * known.accuracy}
     return found
@@ -138,10 +138,8 @@ def _deviations(runs: Sequence[Run], method: str) -> dict[Place, dict[str, float
     of_id = {"ID accuracy": 100 * float(np.mean(accuracies)), "ID accuracy std": 100 * float(np.std(accuracies))}
     by_run = [point_metrics(run.outcomes[method], run.suite) for run in runs]
     values = {place: np.stack([found[place] for found in by_run]) for place in by_run[0]}
-    return {
-        place: {**_cells({"": found.mean(axis=0), " std": found.std(axis=0)}), **of_id}
-        for place, found in values.items()
-    }
+    spread = {place: {"": found.mean(axis=0), " std": found.std(axis=0)} for place, found in values.items()}
+    return {place: {**_cells(ends), **of_id} for place, ends in spread.items()}
 
 
 def _cells(values: Mapping[str, Floats]) -> dict[str, float]:
@@ -155,6 +153,5 @@ def _costs(expense: Expense | None) -> dict[str, float]:
     if expense is None:
         return dict.fromkeys(names, float("nan"))
     lower, median, upper = expense.cost.forwards
-    return dict(
-        zip(names, (expense.cost.images_per_second, median, lower, upper, expense.peak_bytes / 2**20), strict=True)
-    )
+    values = (expense.cost.images_per_second, median, lower, upper, expense.peak_bytes / 2**20)
+    return dict(zip(names, values, strict=True))

@@ -57,7 +57,10 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
         try:
             with torch.device("meta"):  # no memory and no random numbers for weights that are read
                 net = recipe.network(images, labels)
-            net.load_state_dict(_read(path), assign=True)
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
         except Exception as error:  # a damaged file may fail in any way; training again cures all of them
             warnings.warn(f"Cached network {path} is unusable ({error}); training it again.", stacklevel=2)
         else:
@@ -75,17 +78,10 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarRes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = recipe.network(images, labels).train()
-        optimizer = torch.optim.SGD(
-            net.parameters(),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=True,
-        )
+        rate, decay = recipe.learning_rate, recipe.weight_decay
+        optimizer = torch.optim.SGD(net.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=True)
         steps = len(images) // recipe.batch_size  # a last short batch would give poor batch statistics
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=recipe.epochs * steps)
         for _ in tqdm(range(recipe.epochs), desc="training", unit="epoch", disable=None):
             order = torch.randperm(len(images))
             for batch in order[: steps * recipe.batch_size].view(steps, recipe.batch_size):
@@ -95,13 +91,3 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarRes
                 optimizer.step()
                 schedule.step()
     return net.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    # torch.load does not look at the checksums that torch.save writes.
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

@@ -116,10 +116,8 @@ DOWNLOAD = "DEFAULT"
 def architecture(name: str) -> Architecture:
     """The one of a name in ``ARCHITECTURES``, of OpenOOD's or of torchvision's; SourceError if there is none."""
     family, _, rest = name.rpartition(":")
-    if family == "openood":
-        return _openood(rest)
-    if family == "torchvision":
-        return _torchvision(rest)
+    if family in ("openood", "torchvision"):
+        return _openood(rest) if family == "openood" else _torchvision(rest)
     if name not in ARCHITECTURES:
         raise SourceError(f"No network is called {name!r}; there are {', '.join((*ARCHITECTURES, *PREFIXES))}.")
     return ARCHITECTURES[name]
@@ -127,7 +125,7 @@ def architecture(name: str) -> Architecture:
 
 def _openood(name: str) -> Architecture:
     """The network that ``--network.name`` of OpenOOD's main.py gives, whose name may tell the size of its input."""
-    get_network = _imported("openood.networks.utils").get_network
+    get_network = imported("openood.networks.utils").get_network
 
     def make(classes: int) -> nn.Module:
         # On the CPU: OpenOOD would put it on a GPU, and the benchmark does that itself.
@@ -144,26 +142,25 @@ def _openood(name: str) -> Architecture:
 
 
 def _torchvision(name: str) -> Architecture:
-    models = _imported("torchvision.models")
+    models = imported("torchvision.models")
     if name not in models.list_models(models):  # the classifiers among them
         raise SourceError(f"torchvision has no classifier {name!r}; its list_models(torchvision.models) names them.")
     return Architecture(f"torchvision's {name}", lambda classes: models.get_model(name, num_classes=classes), LARGE)
 
 
-def downloaded(name: str) -> tuple[nn.Module, Architecture]:
-    """Torchvision's network with torchvision's best weights, which are downloaded if need be, and what it is."""
+def downloaded(name: str) -> tuple[nn.Module, Architecture, Any]:
+    """Torchvision's network with its best weights, which are downloaded if need be, what it is, and their name."""
     weights = default_weights(name)
-    net: nn.Module = _imported("torchvision.models").get_model(name.rpartition(":")[2], weights=weights)
-    return net, replace(architecture(name), input=input_of(weights))
+    net: nn.Module = imported("torchvision.models").get_model(name.rpartition(":")[2], weights=weights)
+    return net, replace(architecture(name), input=input_of(weights)), weights
 
 
 def default_weights(name: str) -> Any:
     """Torchvision's best weights, by name: nothing is downloaded yet."""
-    family, _, rest = name.rpartition(":")
-    if family != "torchvision":
+    if not name.startswith("torchvision:"):
         raise SourceError(f"--checkpoint {DOWNLOAD} is for --network torchvision:NAME, not {name}.")
     architecture(name)
-    return _imported("torchvision.models").get_model_weights(rest).DEFAULT
+    return imported("torchvision.models").get_model_weights(name.rpartition(":")[2]).DEFAULT
 
 
 def input_of(weights: Any) -> Input:
@@ -173,20 +170,16 @@ def input_of(weights: Any) -> Input:
     return Input(resize, crop, (tuple(preset.mean), tuple(preset.std)), preset.interpolation.value)
 
 
-REMEDIES = {
-    "openood": "install OpenOOD, or let OPENOOD_HOME name a checkout",
-    "torchvision": "pip install torchvision",
-}
-
-
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
+    """A module of OpenOOD or torchvision; SourceError if there is none."""
     package = module.partition(".")[0]
     try:
         if package == "openood":
             openood_importable()
         return importlib.import_module(module)
     except ImportError as error:
-        raise SourceError(f"{package} cannot be imported ({error}): {REMEDIES[package]}.") from error
+        remedy = "let OPENOOD_HOME name a checkout, or " if package == "openood" else ""
+        raise SourceError(f"{package} cannot be imported ({error}): {remedy}pip install it.") from error
 
 
 def openood_importable() -> None:

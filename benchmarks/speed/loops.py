@@ -1,14 +1,11 @@
 """S&I one split at a time: what the package is measured against, and checked by.
 
 Both loops know nothing of the package. A forward hook puts the perturbed activation in place of a split module's
-output, the rest of the network follows, and autograd differentiates it. They compute the same numbers:
-
-- the *naive* loop runs the whole network for every split and step, and no more backward passes than Eq. 9-13 need;
-- the *released* loop spends what the authors' release spends: the prefix once for every split, then for every step the
-  suffix and two backward passes, of the attributed function and of the cross-entropy, the last step's unused one
-  among them, both with ``create_graph=True``.
-
-Neither builds a graph of a prefix.
+output, the rest of the network follows, and autograd differentiates it, without a graph of the prefix. The *naive* loop
+runs the whole network for every split and step, and no more backward passes than Eq. 9-13 need. The *released* loop
+spends what the authors' release spends: the prefix once for every split, then for every step the suffix and two
+backward passes, of the attributed function and of the cross-entropy, the last step's unused one among them, both with
+``create_graph=True``. They compute the same numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +21,8 @@ from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From logits (B, classes) and F (B, K, R, S) to the sum over images of what is differentiated."""
+
+STEP_SIZE = 1e-3  # eta of Eq. 9
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class SplitLoop:
         splits: names of modules of ``net`` that return tensors (B, K, R, S).
         feature: the name of the module whose output is F; variant Z has no use for it.
         released: whether to spend what the release spends; False for the naive loop.
-        step_size: eta of Eq. 9.
     """
 
     def __init__(
@@ -54,13 +52,12 @@ class SplitLoop:
         *,
         feature: str | None = None,
         released: bool = False,
-        step_size: float = 1e-3,
     ) -> None:
         if options.variant == "A" and feature is None:
             raise ValueError("variant A needs a feature: the name of the module whose output is F")
         self._net, self._splits, self._options = net, splits, options
         self._feature = feature if options.variant == "A" else None
-        self._released, self._step_size = released, step_size
+        self._released = released
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes (B,) and tau (B,), Eq. 14, of images (B, C, H, W)."""
@@ -112,7 +109,7 @@ class SplitLoop:
             if takes_step:
                 loss = F.cross_entropy(logits, pred, reduction="sum")
                 (ascent,) = torch.autograd.grad(loss, leaf, create_graph=self._released)
-                z = leaf.detach() + self._step_size * ascent.detach().sign()
+                z = leaf.detach() + STEP_SIZE * ascent.detach().sign()
         return gradients
 
     def _run(
@@ -147,8 +144,7 @@ class SplitLoop:
     def _reduce(self, gradients: Sequence[Tensor]) -> Tensor:
         """(B, K) in float64: Eq. 11's share of non-zero gradients for Z, the mean gradient's size for A."""
         if self._options.variant == "A":
-            means = [gradient.mean((2, 3)).double() for gradient in gradients]
-            return torch.stack(means).mean(0).abs()
+            return torch.stack([gradient.mean((2, 3)).double() for gradient in gradients]).mean(0).abs()
         patterns = torch.stack([gradient != 0 for gradient in gradients])
         combined = {"count": patterns, "union": patterns.any(0), "intersection": patterns.all(0)}
         share = combined[self._options.combine].double().mean((-2, -1))

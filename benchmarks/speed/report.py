@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from comparison.environment import described
 from comparison.files import markdown, replace, save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -80,10 +81,7 @@ def screen(frame: pd.DataFrame) -> str:
 
 def heading(run: dict[str, Any]) -> str:
     """How the results were made, in a sentence or two."""
-    hardware = run["hardware"]
-    where = hardware["processor"] if hardware["device"] == "cpu" else hardware["device"]
-    made = f"Made by `{run['command']}` on {where}, {hardware['torch_threads']} CPU thread(s), "
-    made += f"torch {run['versions']['torch']}, float32; "
+    made = f"Made by `{run['command']}` on {described(run['hardware'])}, torch {run['versions']['torch']}, float32; "
     chosen = {"paper": "the paper's split points", "norms": "Z split at the normalisation layers"}
     made += f"{chosen[run['splits']]}."
     if run["width"] != 1:
@@ -110,9 +108,6 @@ def write(folder: Path, frame: pd.DataFrame, sweeps: dict[str, pd.DataFrame], ru
     }
     replace(folder / "throughput.md", "\n\n".join(sections) + "\n")
     replace(folder / "throughput.json", json.dumps(record, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------------- pictures
 
 
 def _draw_costs(path: Path, frame: pd.DataFrame) -> None:

@@ -109,7 +109,7 @@ def test_images_are_decoded_once_for_all_where_they_fit(
         assert torch.equal(torch.cat([batch for batch, _ in batches])[:, 0, 0, 0], torch.arange(7.0))
         assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
     assert set(decoded.values()) == {times}
-    assert known.dataset.fingerprint == "counting"  # by which the score cache knows them
+    assert known.fingerprint == "counting"  # by which the score cache knows them
 
 
 # ---------------------------------------------------------------- the command

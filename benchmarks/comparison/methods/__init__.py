@@ -32,8 +32,4 @@ def available(suite: Suite) -> tuple[dict[str, Method], dict[str, str]]:
         for name, reason in absent.items():
             reasons.setdefault(name, []).append(reason)
     absent = {name: "; ".join(dict.fromkeys(given)) for name, given in reasons.items() if name not in found}
-    return {name: found[name] for name in sorted(found, key=_place)}, absent
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (DEFAULT.index(name) if name in DEFAULT else len(DEFAULT)), name
+    return {name: found[name] for name in (*DEFAULT, *sorted(found)) if name in found}, absent

@@ -104,12 +104,11 @@ def _between(net: nn.Module, before: str, after: str) -> nn.Module:
     return module
 
 
+@torch.no_grad()
 def _turns(module: nn.Module, given: Tensor, expected: Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            return _close(module(given), expected)
-    except Exception:  # a module that takes something else may fail in any way
-        return False
+    with suppress(Exception):  # a module that takes something else may fail in any way
+        return _close(module(given), expected)
+    return False
 
 
 def mean_over_positions(maps: Tensor) -> Tensor:
@@ -126,9 +125,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def outputs_of(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of modules in a forward pass, copied, by name."""
     found: dict[str, Tensor] = {}
-    with hooked(
-        {name: net.get_submodule(name) for name in names}, lambda name, _, output: found.update({name: output.clone()})
-    ):
+    modules = {name: net.get_submodule(name) for name in names}
+    with hooked(modules, lambda name, _, output: found.update({name: output.clone()})):
         yield found
 
 

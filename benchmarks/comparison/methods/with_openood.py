@@ -91,9 +91,6 @@ def _own_options(name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return options, dict(settings.postprocessor_sweep)
 
 
-# ---------------------------------------------------------------------------------------- running them
-
-
 def _build(
     suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Options, sweep: Options
 ) -> Scorer:

@@ -27,6 +27,8 @@ logging.getLogger("pytorch_ood").addHandler(logging.NullHandler())
 
 
 Predict = Callable[[Tensor], Tensor]
+IMAGES = ("odin", "rankfeat")
+"""Detectors that take the images themselves."""
 
 
 def offer(suite: Suite, parts: NetworkParts) -> Offer:
@@ -75,7 +77,7 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
 
     predict: Predict
     if name in IMAGES:
-        predict = IMAGES[name](network, options, suite, parts)
+        predict = _odin(network, options, suite) if name == "odin" else _rankfeat(network, parts)
     elif name in LOGITS:
         predict = _of_logits(name, options)
     else:
@@ -97,10 +99,7 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
     return score
 
 
-# ---------------------------------------------------------------------------------------- detectors by name
-
-
-def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite, parts: NetworkParts) -> Predict:
+def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite) -> Predict:
     from pytorch_ood.detector import ODIN
 
     std = list(suite.normalisation[1])
@@ -108,7 +107,7 @@ def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite, parts: N
     return predict
 
 
-def _rankfeat(network: nn.Module, options: Mapping[str, Any], suite: Suite, parts: NetworkParts) -> Predict:
+def _rankfeat(network: nn.Module, parts: NetworkParts) -> Predict:
     from pytorch_ood.detector import RankFeat
 
     blocks = Blocks(network, parts.image)
@@ -123,9 +122,6 @@ def _rankfeat(network: nn.Module, options: Mapping[str, Any], suite: Suite, part
     predict: Predict = RankFeat(last_map, lambda maps: linear(mean_over_positions(maps).flatten(1))).predict
     return predict
 
-
-IMAGES = {"odin": _odin, "rankfeat": _rankfeat}
-"""Detectors that take the images themselves."""
 
 LOGITS: dict[str, tuple[str, dict[str, str]]] = {
     "msp": ("MaxSoftmax", {}),
