@@ -14,57 +14,44 @@ only reported again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
-from comparison import arguments, heat_maps, leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.decoding import Decoder
-from comparison.environment import environment
-from comparison.evaluation import Evaluation, Failure, Outcome
+from comparison import leaderboard, methods, paper_tables, pictures, report, sources
+from comparison.console import device, positive, progress
+from comparison.environment import environment, same_arithmetic_on_gpus
+from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
-from comparison.progress import progress
 from comparison.table import Run, results
-from networks.errors import SourceError
+from networks import SourceError
 
 from openood_sandi.runs import ranks
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, _ = (__doc__ or "").partition("\n")
-    options = argparse.ArgumentParser(description=summary)
-    sources.add_arguments(options)
-    options.add_argument(
-        "--methods",
-        nargs="+",
-        default=["default"],
-        metavar="METHOD",
-        help="names, 'default' or 'all'; a wrong name lists them; default: default",
-    )
-    options.add_argument("--limit", type=arguments.positive, help="use only LIMIT images of every set")
-    options.add_argument("--batch-size", type=arguments.positive, default=200, help="default: %(default)s")
-    options.add_argument(
-        "--workers", type=int, default=2, help="processes that decode images; 0: none; default: %(default)s"
-    )
-    options.add_argument(
-        "--device",
-        type=arguments.device,
-        default=ranks.own_device(),
-        help="where to score (training is on the CPU); default here: %(default)s",
-    )
-    options.add_argument(
-        "--cost", action=argparse.BooleanOptionalAction, default=True, help="whether to measure it; default: yes"
-    )
-    options.add_argument(
-        "--pictures", action=argparse.BooleanOptionalAction, default=True, help="whether to draw them; default: yes"
-    )
-    options.add_argument("--out", type=Path, metavar="DIR", help="write tables and pictures there")
-    return options
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    sources.add_arguments(parser)
+    add = parser.add_argument
+    names = "names, 'default' or 'all'; a wrong name lists them; default: default"
+    add("--methods", nargs="+", default=["default"], metavar="METHOD", help=names)
+    add("--limit", type=positive, help="use only LIMIT images of every set")
+    add("--batch-size", type=positive, default=200, help="default: %(default)s")
+    workers = "processes that decode images; 0: none; default: %(default)s"
+    add("--workers", type=int, default=2, help=workers)
+    where = "where to score (training is on the CPU); default here: %(default)s"
+    add("--device", type=device, default=ranks.own_device(), help=where)
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--cost", action=yes_or_no, default=True, help="whether to measure it; default: yes")
+    add("--pictures", action=yes_or_no, default=True, help="whether to draw them; default: yes")
+    add("--out", type=Path, metavar="DIR", help="write tables and pictures there")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,14 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    if options.device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions are not, and no two batch sizes agree
+    same_arithmetic_on_gpus(options.device)
     about = {
         "command": shlex.join(["python", "benchmarks/side_by_side.py", *arguments]),
-        "protocol": options.protocol,
-        "seeds": options.seeds,
-        "batch_size": options.batch_size,
-        "limit": options.limit,
+        **{name: getattr(options, name) for name in ("protocol", "seeds", "batch_size", "limit")},
         **environment(options.device),
     }
     comparison = _Comparison(options)
@@ -119,15 +102,12 @@ class _Comparison:
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
             self.failed |= any(name in options.methods for name in reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
-            self._outcomes.append({})
+            self._outcomes.append(outcomes)
             for method in progress(chosen, f"{suite.name}, seed {seed}", "method"):
-                try:
-                    self._outcomes[-1][method.name] = Outcome(method, evaluation.scores(method))
-                except Exception as error:
-                    if ranks.world_size() > 1:
-                        raise  # the other ranks are waiting for this one's scores
-                    self._fail(method, error)
+                with self._noted(method):
+                    outcomes[method.name] = Outcome(method, evaluation.scores(method))
 
     def measure(self) -> None:
         """Measure what each method costs, with the first network; the cost of one that fails is left out."""
@@ -135,28 +115,14 @@ class _Comparison:
             return
         outcomes = self._outcomes[0]
         for name, outcome in progress(list(outcomes.items()), "cost", "method"):
-            try:
-                expense = self._evaluations[0].expense(outcome.method)
-            except Exception as error:
-                self._fail(outcome.method, error)
-            else:
-                outcomes[name] = Outcome(outcome.method, outcome.scored, expense)
+            with self._noted(outcome.method, alone=True):
+                outcomes[name] = replace(outcome, expense=self._evaluations[0].expense(outcome.method))
 
     def report(self, about: dict[str, object]) -> None:
         """Print the methods that have been scored with every network, and write and draw them with ``--out``."""
         failures = list(self._failures.values())
-        runs: list[Run] = []
-        for count in range(len(self._outcomes), 0, -1):  # after an interruption the last network may have nothing
-            outcomes = self._outcomes[:count]
-            done = [name for name in outcomes[0] if all(name in others for others in outcomes)]
-            if done:
-                seeds, evaluations = self._options.seeds[:count], self._evaluations[:count]
-                runs = [
-                    Run(seed, evaluation.suite, {name: found[name] for name in done})
-                    for seed, evaluation, found in zip(seeds, evaluations, outcomes, strict=True)
-                ]
-                break
-        else:
+        runs = self._finished()
+        if not runs:
             print(*(f"No row for {failure.method}: {failure.reason}" for failure in failures), sep="\n")
             print("No method is finished: there is no table.")
             return
@@ -172,20 +138,36 @@ class _Comparison:
             leaderboard.write(folder / "leaderboard", frame, runs, about)
             print(f"\nWritten to {folder}.")
 
+    def _finished(self) -> list[Run]:
+        """The methods scored with every network; a last one without any, after an interruption, is left out."""
+        for count in range(len(self._outcomes), 0, -1):
+            outcomes = self._outcomes[:count]
+            done = [name for name in outcomes[0] if all(name in others for others in outcomes)]
+            if done:
+                networks = zip(self._options.seeds, self._evaluations, outcomes, strict=False)
+                return [Run(seed, e.suite, {name: found[name] for name in done}) for seed, e, found in networks]
+        return []
+
     def _draw(self, folder: Path, frame: pd.DataFrame, run: Run) -> list[str]:
         """The pictures, and Markdown that shows them."""
         paths = pictures.draw(folder, frame, run)
         try:
-            paths.append(heat_maps.draw(folder / "heat_maps.png", run.suite, self._options.device))
+            paths.append(pictures.heat_maps(folder / "heat_maps.png", run.suite, self._options.device))
         except Exception as error:
             print(f"No heat maps: {type(error).__name__}: {error}", file=sys.stderr)
         return ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in paths)]
 
-    def _fail(self, method: Method, error: Exception) -> None:
-        self.failed = True
-        text = f"{type(error).__name__}: {error}"
-        self._failures[method.name] = Failure(method.name, text)
-        print(f"{method.name} failed: {text}", file=sys.stderr)
+    @contextlib.contextmanager
+    def _noted(self, method: Method, alone: bool = False) -> Iterator[None]:
+        """An error of the method's is noted, unless other ranks are waiting for this one's scores."""
+        try:
+            yield
+        except Exception as error:
+            if ranks.world_size() > 1 and not alone:
+                raise
+            self.failed = True
+            self._failures[method.name] = Failure(method.name, f"{type(error).__name__}: {error}")
+            print(f"{method.name} failed: {self._failures[method.name].reason}", file=sys.stderr)
 
 
 def _chosen(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,13 @@ def load(seed: int, cache: Path, recipe: Recipe = RECIPE) -> Suite:
     network = trained(images, labels, recipe, seed, cache)
     count = len(digits.test_images)
     mean, std = _grey_statistics()
+    known = "scikit-learn's handwritten digits, the half that was not trained on"
+    near = "printed letters unlike any digit, made as the digits were and with the same amount of ink"
+    photos = "grey patches of scikit-learn's two sample photographs"
+    noise = "independent pixels with the grey levels of the digits"
+    seen = "digits that were trained on, as every digit outside the test set was: the network knows them too well"
+    other_letters = digit_images.letters(VALIDATION, seed=4, fonts=digit_images.VALIDATION_FONTS)
+    other_fonts = "printed letters, as the test set's but from another family of fonts"
     return Suite(
         name="digits",
         network=network,
@@ -36,49 +45,17 @@ def load(seed: int, cache: Path, recipe: Recipe = RECIPE) -> Suite:
         weights=state_digest(network),
         classes=10,
         normalisation=((mean / digit_images.LEVELS,), (std / digit_images.LEVELS,)),
-        in_distribution=_image_set(
-            "digits",
-            "ID",
-            network_input(digits.test_images),
-            torch.from_numpy(digits.test_labels),
-            "scikit-learn's handwritten digits, the half that was not trained on",
-        ),
+        in_distribution=_id_set("digits", network_input(digits.test_images), digits.test_labels, known),
         out_of_distribution=(
-            _ood_set(
-                "letters",
-                "near",
-                digit_images.letters(count),
-                "printed letters unlike any digit, made as the digits were and with the same amount of ink",
-            ),
-            _ood_set(
-                "photos",
-                "far",
-                digit_images.photo_patches(count),
-                "grey patches of scikit-learn's two sample photographs",
-            ),
-            _ood_set(
-                "noise",
-                "far",
-                digit_images.noise(count),
-                "independent pixels with the grey levels of the digits",
-            ),
+            _ood_set("letters", "near", digit_images.letters(count), near),
+            _ood_set("photos", "far", digit_images.photo_patches(count), photos),
+            _ood_set("noise", "far", digit_images.noise(count), noise),
         ),
         # The two are disjoint, lest a nearest neighbour of a validation image be the image itself.
-        training=_image_set("train digits", "ID", images[VALIDATION:], labels[VALIDATION:], "digits trained on"),
+        training=_id_set("train digits", images[VALIDATION:], labels[VALIDATION:], "digits trained on"),
         validation=(
-            _image_set(
-                "val digits",
-                "ID",
-                images[:VALIDATION],
-                labels[:VALIDATION],
-                "digits that were trained on, as every digit outside the test set was: the network knows them too well",
-            ),
-            _ood_set(
-                "val letters",
-                "near",
-                digit_images.letters(VALIDATION, seed=4, fonts=digit_images.VALIDATION_FONTS),
-                "printed letters, as the test set's but from another family of fonts",
-            ),
+            _id_set("val digits", images[:VALIDATION], labels[:VALIDATION], seen),
+            _ood_set("val letters", "near", other_letters, other_fonts),
         ),
         protocol="own",
     )
@@ -96,9 +73,11 @@ def _grey_statistics() -> tuple[float, float]:
     return float(reference.mean()), float(reference.std())
 
 
+def _id_set(name: str, images: Tensor, labels: Tensor | npt.NDArray[np.int64], description: str) -> ImageSet:
+    labels = torch.as_tensor(labels)
+    return ImageSet(name, "ID", TensorDataset(images, labels), description, digest(images, labels))
+
+
 def _ood_set(name: str, group: Group, images: digit_images.Images, description: str) -> ImageSet:
-    return _image_set(name, group, network_input(images), torch.full((len(images),), -1), description)
-
-
-def _image_set(name: str, group: Group, images: Tensor, labels: Tensor, description: str) -> ImageSet:
-    return ImageSet(name, group, TensorDataset(images, labels), description, digest(images, labels))
+    inputs, labels = network_input(images), torch.full((len(images),), -1)
+    return ImageSet(name, group, TensorDataset(inputs, labels), description, digest(inputs, labels))

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 
 import openood_sandi
+from openood_sandi.engine.memory import free_memory
+
+__all__ = ["described", "environment", "free_memory", "hardware", "library_version", "same_arithmetic_on_gpus"]
 
 LIBRARIES = ("numpy", "scikit-learn", "pandas", "pillow", "matplotlib", "torchvision", "pytorch-ood", "faiss-cpu")
 """Those that are missing are left out."""
@@ -22,13 +25,13 @@ def environment(device: torch.device) -> dict[str, object]:
     """Commits, hardware and versions, ready for JSON."""
     return {
         "commit": _commit(Path(__file__).parent),
-        "openood_commit": _openood_commit(),
+        "openood_commit": library_version("OpenOOD"),
         "hardware": hardware(device),
         "versions": {
             "openood-sandi": openood_sandi.__version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            **{name: version for name in LIBRARIES if (version := _version(name))},
+            **{name: version for name in LIBRARIES if (version := library_version(name))},
         },
     }
 
@@ -49,26 +52,25 @@ def described(machine: Mapping[str, object]) -> str:
     return str(machine["device"])
 
 
-def library_version(name: str) -> str | None:
-    """The version of a library that has methods, OpenOOD's as a commit; None for this package, or if unknown."""
-    if name == "OpenOOD":
-        return _openood_commit()
-    return None if name == "openood-sandi" else _version(name)
-
-
-def _version(library: str) -> str | None:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
+def same_arithmetic_on_gpus(device: torch.device) -> None:
+    """Have float32 convolutions be float32 on a GPU, where otherwise no two batch sizes agree."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
 
 
 @functools.cache
-def _openood_commit() -> str | None:
-    """Of the OpenOOD that would be imported, if it is a checkout."""
-    spec = importlib.util.find_spec("openood")
-    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
-    return _commit(Path(folder)) if folder else None
+def library_version(name: str) -> str | None:
+    """The version of a library, OpenOOD's as a commit if it is a checkout; None for this package, or if unknown."""
+    if name == "openood-sandi":
+        return None
+    if name == "OpenOOD":  # the one that would be imported
+        spec = importlib.util.find_spec("openood")
+        folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+        return _commit(Path(folder)) if folder else None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit(folder: Path) -> str | None:
@@ -84,8 +86,6 @@ def _commit(folder: Path) -> str | None:
 def _processor() -> str:
     # Linux keeps the processor's name out of the platform module.
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,12 +1,11 @@
-"""Methods over all sets of a suite. Scores are kept on disk as they come, so that nothing is scored twice."""
+"""Methods over all sets of a suite: images are decoded once for all, scores kept on disk as they come."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,64 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from openood_sandi import score_dataset
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
-from openood_sandi.runs.score import infer
 
 from . import methods
-from .decoding import Decoded
-from .environment import library_version
-from .expense import Expense, Expenses
+from .console import progress
+from .cost import Expense, kept_expense
+from .environment import free_memory, library_version
 from .methods import Method, Scorer
-from .suite import ImageSet, Suite
+from .suite import ImageSet, Suite, digest
+
+SHARE = 0.5
+"""Of the free memory, what images may take: a set that does not fit is decoded anew for each method."""
+
+
+class Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """A set's images and labels, in memory from the first one asked for on."""
+
+    def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
+        self._images, self._batch_size, self._workers = images, batch_size, workers
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self._all
+        return images[index], labels[index]
+
+    @functools.cached_property
+    def _all(self) -> tuple[Tensor, Tensor]:
+        batches = self._images.loader(self._batch_size, self._workers)
+        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batch"), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+
+class Decoder:
+    """Decodes what suites share once for all of them: several networks are compared on the same images."""
+
+    def __init__(self, batch_size: int, workers: int) -> None:
+        self._batch_size, self._workers = batch_size, workers
+        self._free = SHARE * free_memory(torch.device("cpu"))
+        self._known: dict[str, Dataset[Any]] = {}
+
+    def suite(self, suite: Suite) -> Suite:
+        """The suite with its images decoded once, set by set, where they fit in memory."""
+        return suite.mapped(self._images, training=True)
+
+    def _images(self, images: ImageSet) -> ImageSet:
+        if images.fingerprint not in self._known:
+            taken = len(images) * images.dataset[0][0].nbytes
+            fits = taken <= self._free
+            self._known[images.fingerprint] = (
+                Decoded(images, self._batch_size, self._workers) if fits else images.dataset
+            )
+            self._free -= taken if fits else 0
+        return replace(images, dataset=self._known[images.fingerprint])
 
 
 @dataclass(frozen=True)
@@ -35,6 +80,11 @@ class Scored:
     pred: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose class is predicted."""
+        return float(np.mean(self.pred == self.labels))
 
 
 @dataclass(frozen=True)
@@ -62,7 +112,7 @@ class Evaluation:
         suite.network.to(device)
         self._device, self._batch_size, self._workers = device, batch_size, workers
         self._scores = ScoreCache(cache / "scores")
-        self._expenses = Expenses(cache / "costs")
+        self._costs = cache / "costs"
         self._built: dict[str, Scorer] = {}
 
     def scores(self, method: Method) -> dict[str, Scored]:
@@ -71,9 +121,9 @@ class Evaluation:
         Raises ValueError if a score is not finite.
         """
         found = {}
-        for images in (self.suite.in_distribution, *self.suite.out_of_distribution):
-            pred, scores, labels = infer(
-                functools.partial(self._score, method),
+        for images in self.suite.test_sets:
+            pred, scores, labels = score_dataset(
+                lambda images: self._scorer(method)(images),
                 self._loader(images),
                 self._device,
                 cache=self._scores,
@@ -89,20 +139,13 @@ class Evaluation:
 
     def expense(self, method: Method) -> Expense:
         """What scoring ID images costs on this machine, measured once."""
-        return self._expenses.of(
-            {**self._key(method, self.suite.in_distribution), "code": keys.code()},
-            self.suite.network,
-            lambda: self._scorer(method),
-            lambda: next(iter(self._loader(self.suite.in_distribution)))[0],
-            self._device,
-        )
+        known = self.suite.in_distribution
+        key = {**self._key(method, known), "code": keys.code()}
 
-    def release(self, method: Method) -> None:
-        """Forget what the method holds in memory."""
-        self._built.pop(method.name, None)
+        def made() -> tuple[Scorer, Tensor]:
+            return self._scorer(method), next(iter(self._loader(known)))[0]
 
-    def _score(self, method: Method, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._scorer(method)(images)
+        return kept_expense(self._costs, key, self.suite.network, made, self._device)
 
     def _scorer(self, method: Method) -> Scorer:
         """Built when first needed: with all scores at hand, never."""
@@ -111,8 +154,7 @@ class Evaluation:
         return self._built[method.name]
 
     def _loader(self, images: ImageSet) -> DataLoader[Any]:
-        in_memory = isinstance(images.dataset, Decoded) and images.dataset.fits
-        return images.loader(self._batch_size, 0 if in_memory else self._workers)
+        return images.loader(self._batch_size, 0 if isinstance(images.dataset, Decoded) else self._workers)
 
     def _key(self, method: Method, images: ImageSet) -> dict[str, object]:
         """All that decides the scores; the cache adds the digest of the package's code."""
@@ -134,7 +176,4 @@ class Evaluation:
 @functools.cache
 def _methods_code() -> str:
     """A digest of the sources that turn methods' names into scorers."""
-    total = hashlib.sha256()
-    for path in sorted(Path(methods.__file__).parent.glob("*.py")):
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+    return digest(*(path.read_bytes() for path in sorted(Path(methods.__file__).parent.glob("*.py"))))

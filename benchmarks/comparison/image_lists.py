@@ -1,22 +1,83 @@
 """``--data cifar10``, ``cifar100``, ``imagenet``: image lists in the layout of OpenOOD's download.
 
 Below the root, ``benchmark_imglist/ID/SPLIT_SET.txt`` holds a line "file label" for each image; files are named below
-``images_classic`` or ``images_largescale``.
+``images_classic`` or ``images_largescale``. Which OOD sets belong to which ID set, OpenOOD or the S&I paper says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from networks.catalogue import Input, Normalisation
-from networks.errors import SourceError
+from networks import SourceError
+from networks.catalogue import LARGE, SMALL, Input, Normalisation
 
-from .folders import OodOption, folder_set
-from .image_files import image_set
-from .protocols import BENCHMARKS, PROTOCOLS, TITLES, Protocol, group_of
+from .image_files import OodOption, folder_set, image_set
 from .suite import Group, ImageSet
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An ID set with its OOD sets, by the names that OpenOOD's image lists have.
+
+    Attributes:
+        near, far: OpenOOD 1.5's groups (Zhang et al., "OpenOOD v1.5", 2023).
+        paper: the S&I paper's sets, which are GAIA's. Groups are OpenOOD's, as the paper has none.
+        validation: the OOD set that OpenOOD searches options on.
+        input: OpenOOD's preprocessing of test images, which its networks were trained for.
+        network: OpenOOD's network for it.
+    """
+
+    classes: int
+    near: tuple[str, ...]
+    far: tuple[str, ...]
+    paper: tuple[str, ...]
+    validation: str
+    input: Input
+    network: str
+
+    def sets(self, protocol: Protocol) -> dict[str, Literal["near", "far"]]:
+        """The protocol's sets and their groups."""
+        return {name: self.group(name) for name in (self.paper if protocol == "paper" else (*self.near, *self.far))}
+
+    def group(self, name: str) -> Literal["near", "far"]:
+        return "near" if name in self.near else "far"
+
+
+Protocol = Literal["openood", "paper"]
+PROTOCOLS: dict[Protocol, str] = {
+    "openood": "OpenOOD's near and far sets",
+    "paper": "the S&I paper's sets, by OpenOOD's image lists",
+}
+
+CIFAR10 = Benchmark(
+    classes=10,
+    near=("cifar100", "tin"),
+    far=("mnist", "svhn", "texture", "places365"),
+    paper=("svhn", "lsun", "tin", "places365", "texture"),
+    validation="tin",
+    input=replace(SMALL, normalisation=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    network="resnet18_32x32",
+)
+BENCHMARKS = {
+    "cifar10": CIFAR10,
+    "cifar100": replace(
+        CIFAR10,
+        classes=100,
+        near=("cifar10", "tin"),
+        input=replace(SMALL, normalisation=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+    ),
+    "imagenet": Benchmark(
+        classes=1000,
+        near=("ssb_hard", "ninco"),
+        far=("inaturalist", "textures", "openimage_o"),
+        paper=("inaturalist", "textures", "sun", "places"),
+        validation="openimage_o",
+        input=LARGE,
+        network="resnet50",
+    ),
+}
 IMAGES = ("images_classic", "images_largescale")
 
 
@@ -42,11 +103,8 @@ class ImageLists:
 
     def validation(self) -> tuple[ImageSet, ImageSet]:
         """The ID and the OOD images that OpenOOD searches options on."""
-        benchmark = BENCHMARKS[self.data]
-        return (
-            self._read("val", self.data, "ID"),
-            self._read("val", benchmark.validation, group_of(benchmark.validation, benchmark.near)),
-        )
+        unknown = BENCHMARKS[self.data].validation
+        return self._read("val", self.data, "ID"), self._read("val", unknown, BENCHMARKS[self.data].group(unknown))
 
     def out_of_distribution(
         self, protocol: Protocol, asked: list[OodOption]
@@ -58,7 +116,7 @@ class ImageLists:
         benchmark = BENCHMARKS[self.data]
         wanted: dict[str, Group] = {**benchmark.sets(protocol)}
         for option in asked:
-            wanted[option.name] = option.group or wanted.get(option.name) or group_of(option.name, benchmark.near)
+            wanted[option.name] = option.group or wanted.get(option.name) or benchmark.group(option.name)
         options = {option.name: option for option in asked}
         found, missing = [], []
         for name, group in wanted.items():
@@ -97,15 +155,9 @@ class ImageLists:
         folder = next((folder for folder in IMAGES if (self.root / folder / first).is_file()), None)
         if folder is None:
             raise SourceError(f"the first image of {path}, {first}, is not in {' or '.join(IMAGES)} of {self.root}")
-        return image_set(
-            name if split == "test" else f"{split} {name}",
-            group,
-            self.root / folder,
-            entries,
-            self.shape,
-            self.normalisation,
-            f"{TITLES.get(name, name)}, OpenOOD's list {self.data}/{path.name}",
-        )
+        shown = name if split == "test" else f"{split} {name}"
+        description = f"OpenOOD's list {self.data}/{path.name}"
+        return image_set(shown, group, self.root / folder, entries, self.shape, self.normalisation, description)
 
     def _entry(self, line: str, place: str, group: Group) -> tuple[str, int]:
         file, _, text = line.partition(" ")

@@ -18,7 +18,7 @@ from .files import replace
 from .methods import Method
 from .table import AVERAGE, FPR_OPENOOD, Run, groups
 
-BENCHMARKS = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet1k_ood"}
+FILES = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet1k_ood"}
 """The leaderboard's file for a suite's name."""
 LINKS = {
     "sandi": "https://proceedings.mlr.press/v267/zhang25by.html",
@@ -29,71 +29,67 @@ LINKS = {
 """The paper behind a method, by how its name begins."""
 RUNS = 3
 """Networks that OpenOOD trains for CIFAR; ImageNet has one."""
+COLUMNS = {
+    "FPR@95": FPR_OPENOOD,
+    "AUROC": "AUROC",
+    "AUPR_IN": "AUPR-in",
+    "AUPR_OUT": "AUPR-out",
+    "ACC": "ID accuracy",
+}
+"""Of ``ood.csv``, and ours; its FPR95 is OpenOOD's, ID lost."""
 
 
 def write(folder: Path, frame: pd.DataFrame, runs: Sequence[Run], about: Mapping[str, Any]) -> None:
     """Write ``folder/<method>`` for each method of this package, if the leaderboard has the data."""
     suite = runs[0].suite
-    if suite.name not in BENCHMARKS:
+    if suite.name not in FILES:
         return
     for outcome in runs[0].outcomes.values():
         method = outcome.method
         link = next((link for stem, link in LINKS.items() if method.name.startswith(stem)), None)
         if method.source != "openood-sandi" or link is None:
             continue
-        rows = frame[frame["method"] == method.name]
-        place = folder / method.name
-        replace(place / "papers.csv", pd.DataFrame([{"Alias": method.title, "Link": link}]).to_csv(index=False))
-        replace(place / f"{BENCHMARKS[suite.name]}.csv", result_row(rows, method, runs).to_csv(index=False))
-        replace(place / "ood.csv", ood_csv(rows, runs).to_csv(index=False))
-        replace(place / "config.json", json.dumps(_config(method, runs, about), indent=2) + "\n")
-        replace(place / "README.md", _readme(method, shortcomings(runs, about)))
-
-
-def result_row(rows: pd.DataFrame, method: Method, runs: Sequence[Run]) -> pd.DataFrame:
-    """The row of ``results/<benchmark>.csv``. A group's average is given only if all of its sets are there."""
-    suite = runs[0].suite
-    complete = {group.name for group in groups(suite) if not group.missing}
-    averages = rows[rows["OOD set"] == AVERAGE].set_index("group")
-
-    def cell(group: str) -> str:
-        return _spread(averages.loc[group], "AUROC") if group in complete else "/"
-
-    return pd.DataFrame(
-        [
-            {
-                "Training": "CrossEntropy",
-                "Postprocessor": method.title,
-                "Near-OOD_AUROC": cell("near"),
-                "Far-OOD_AUROC": cell("far"),
-                "ID_Accuracy": _spread(rows.iloc[0], "ID accuracy"),
-                "Outlier_Data": "No",
-                "Arch": suite.network_name,
-                "Additional_Description": "",
-            }
-        ]
-    )
+        ood = ood_csv(frame[frame["method"] == method.name], runs)
+        tables = {"papers": pd.DataFrame([{"Alias": method.title, "Link": link}]), "ood": ood}
+        auroc = ood.set_index("dataset")["AUROC"]
+        row = {
+            "Training": "CrossEntropy",
+            "Postprocessor": method.title,
+            "Near-OOD_AUROC": auroc.get("nearood", "/"),  # given only if all of its sets are there
+            "Far-OOD_AUROC": auroc.get("farood", "/"),
+            "ID_Accuracy": ood["ACC"].iloc[0],
+            "Outlier_Data": "No",
+            "Arch": suite.network_name,
+            "Additional_Description": "",
+        }
+        tables[FILES[suite.name]] = pd.DataFrame([row])
+        for name, table in tables.items():
+            replace(folder / method.name / f"{name}.csv", table.to_csv(index=False))
+        config = {
+            "postprocessor": method.name,
+            "options": {name: repr(value) for name, value in method.options.items()},
+            "network": suite.network_description,
+            "weights": [run.suite.weights for run in runs],
+            **about,
+        }
+        replace(folder / method.name / "config.json", json.dumps(config, indent=2) + "\n")
+        replace(folder / method.name / "README.md", _readme(method, shortcomings(runs, about)))
 
 
 def ood_csv(rows: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
-    """As OpenOOD's evaluator writes it, but a group's mean only if all sets are there; FPR95 is OpenOOD's, ID lost."""
-    columns = {
-        "FPR@95": FPR_OPENOOD,
-        "AUROC": "AUROC",
-        "AUPR_IN": "AUPR-in",
-        "AUPR_OUT": "AUPR-out",
-        "ACC": "ID accuracy",
-    }
-    found = []
-    for group in groups(runs[0].suite):
-        places = [(images.name, images.name) for images in group.sets]
-        if not group.missing:
-            places.append((AVERAGE, f"{group.name}ood"))
-        of_group = rows[rows["group"] == group.name].set_index("OOD set")
-        for place, shown in places:
-            cells = {theirs: _spread(of_group.loc[place], ours) for theirs, ours in columns.items()}
-            found.append({"dataset": shown, **cells})
-    return pd.DataFrame(found)
+    """As OpenOOD's evaluator writes it, but a group's mean only if all sets are there."""
+    shown = [
+        (group.name, name, f"{group.name}ood" if name == AVERAGE else name)
+        for group in groups(runs[0].suite)
+        for name in (*group.places[1:], *(() if group.missing else (AVERAGE,)))
+    ]
+    order = pd.DataFrame(shown, columns=["group", "OOD set", "dataset"])
+    rows = order.merge(rows, how="left", on=["group", "OOD set"])
+    found = rows[["dataset"]].copy()
+    for theirs, ours in COLUMNS.items():
+        deviations = [f" ± {std:.2f}" for std in rows.get(f"{ours} std", ())] or [""] * len(rows)
+        found[theirs] = [f"{value:.2f}{std}" for value, std in zip(rows[ours], deviations, strict=True)]
+    return found
 
 
 def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
@@ -111,27 +107,9 @@ def shortcomings(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _spread(row: pd.Series[Any], column: str) -> str:
-    std = f" ± {row[f'{column} std']:.2f}" if f"{column} std" in row.index else ""
-    return f"{row[column]:.2f}{std}"
-
-
-def _config(method: Method, runs: Sequence[Run], about: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "postprocessor": method.name,
-        "options": {name: repr(value) for name, value in method.options.items()},
-        "network": runs[0].suite.network_description,
-        "weights": [run.suite.weights for run in runs],
-        **about,
-    }
-
-
 def _readme(method: Method, short: Sequence[str]) -> str:
-    if short:
-        verdict = "**Incomplete, not for submission:**\n\n" + "\n".join(f"- {reason}" for reason in short)
-    else:
-        verdict = (
-            "Complete as far as this tool can tell. Before a pull request: the networks must be OpenOOD's own "
-            "checkpoints, and `Arch` and `Additional_Description` should name them as the other rows do."
-        )
+    verdict = "**Incomplete, not for submission:**\n\n" + "\n".join(f"- {reason}" for reason in short)
+    if not short:
+        verdict = "Complete as far as this tool can tell. Before a pull request: the networks must be OpenOOD's own "
+        verdict += "checkpoints, and `Arch` and `Additional_Description` should name them as the other rows do."
     return f"# {method.title} for OpenOOD's leaderboard\n\n{verdict}\n"

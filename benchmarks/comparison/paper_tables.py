@@ -7,16 +7,16 @@ the eye and not for a difference.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from openood_sandi import SandI
 
-from .methods import Method
-from .report import markdown
+from .files import markdown
 from .table import AVERAGE, FPR_PAPER, Run
 
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str, keep_default_na=False)
@@ -33,17 +33,8 @@ MAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "imagenet": ("Table 2", IMAGENET_SETS),
 }
 """By the suite's name, the main comparison there and its OOD sets: the paper's name and ours."""
-METHODS = {
-    "MSP": "msp",
-    "ODIN": "odin",
-    "Energy": "ebo",
-    "GradNorm": "gradnorm",
-    "RankFeat": "rankfeat",
-    "ReAct": "react",
-    "SCALE": "scale",
-    "GAIA": "gaia",
-    "S&I": "sandi",
-}
+COMPARED = ("MSP", "ODIN", "Energy", "GradNorm", "RankFeat", "ReAct", "SCALE", "GAIA", "S&I")
+METHODS = {name: {"Energy": "ebo", "S&I": "sandi"}.get(name, name.lower()) for name in COMPARED}
 """What the authors compare, by the paper's name; of GAIA and S&I, Z on CIFAR and A on ImageNet."""
 ABLATIONS = {
     "attack (T = 1 is none) and layer splitting": ("steps", "splitting"),
@@ -54,11 +45,7 @@ ABLATIONS = {
 """The paper's Tables 3-5 as far as they are known here: the options of S&I that vary, others as published."""
 PUBLISHED_ON = "published (ResNet-34, five sets)"
 PUBLISHED_COLUMNS = [f"average {metric}, {PUBLISHED_ON}" for metric in COLUMNS]
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(SandI).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-}
+DEFAULTS: dict[str, Any] = SandI.__init__.__kwdefaults__ or {}
 
 
 def sections(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -79,48 +66,36 @@ def _main(frame: pd.DataFrame, run: Run) -> Iterator[str]:
         return
     title, sets = MAIN[run.suite.name]
     published = PUBLISHED[(PUBLISHED["data"] == run.suite.name) & PUBLISHED["table"].isin(["1", "2"])]
-    networks = list(dict.fromkeys(published["network"]))
-    rows = []
+    cells = published.pivot(index=["method", "network"], columns=["set", "metric"], values="value")
+    rows: dict[tuple[str, str], Mapping[Any, Any]] = {}
     for name in METHODS:
-        of_method = published[published["method"] == name]
-        known = [network for network in networks if network in set(of_method["network"])]
-        absent = [network for network in networks if network not in known]
-        # Networks without any value share a row.
-        for shown in [*([network] for network in known), *([absent] if absent else [])]:
-            values = of_method[of_method["network"].isin(shown)]
-            rows.append(
-                {("", "method"): name, ("", "network"): f"{', '.join(shown)}, published"}
-                | {
-                    (place, metric): _published(values, place, metric)
-                    for place in (*sets, AVERAGE)
-                    for metric in COLUMNS
-                }
-            )
-        here = {("", "method"): name, ("", "network"): f"{run.suite.network_name}, here"}
-        rows.append(here | _measured(frame, run, name, sets))
+        known = [network for network in published["network"].unique() if (name, network) in cells.index]
+        rows |= {(name, f"{network}, published"): cells.loc[(name, network)].to_dict() for network in known}
+        if absent := ", ".join(network for network in published["network"].unique() if network not in known):
+            rows[name, f"{absent}, published"] = {}  # networks without any value share a row
+        rows[name, f"{run.suite.network_name}, here"] = _measured(frame, run, name, sets)
+    table = pd.DataFrame(
+        list(rows.values()),
+        index=pd.MultiIndex.from_tuples(rows, names=["method", "network"]),
+        columns=pd.MultiIndex.from_product([[*sets, AVERAGE], COLUMNS]),
+    )
     yield f"### {title}: {run.suite.name}"
-    if not networks:
+    if published.empty:
         yield f"No published value for {run.suite.name} is at hand."
-    yield markdown(pd.DataFrame(rows))
-
-
-def _published(values: pd.DataFrame, shown: str, metric: str) -> str:
-    found = values[(values["set"] == shown) & (values["metric"] == metric)]["value"]
-    return str(found.iloc[0]) if len(found) else ABSENT
+    yield markdown(table.fillna(ABSENT).reset_index())
 
 
 def _measured(frame: pd.DataFrame, run: Run, name: str, sets: Mapping[str, str]) -> dict[tuple[str, str], str]:
     """The measured cells of a method; an average says over how many sets it is if some are missing."""
-    rows = frame[frame["method"] == _ours(METHODS[name], run)].set_index("OOD set")
-    found = rows.loc[[ours for ours in sets.values() if ours in rows.index], list(COLUMNS.values())]
-    cells = {
-        (shown, metric): f"{found.loc[ours, column]:.2f}" if ours in found.index else UNMEASURED
-        for shown, ours in sets.items()
-        for metric, column in COLUMNS.items()
-    }
-    share = "" if len(found) == len(sets) else f" ({len(found)} of {len(sets)})"
+    rows = frame[(frame["method"] == _ours(METHODS[name], run)) & (frame["OOD set"] != AVERAGE)].set_index("OOD set")
+    found = rows.reindex(list(sets.values()))
+    measured = int(found["AUROC"].count())
+    share = "" if measured == len(sets) else f" ({measured} of {len(sets)})"
+    cells: dict[tuple[str, str], str] = {}
     for metric, column in COLUMNS.items():
-        cells[AVERAGE, metric] = f"{found[column].mean():.2f}{share}" if len(found) else UNMEASURED
+        text = [f"{value:.2f}" if pd.notna(value) else UNMEASURED for value in found[column]]
+        cells |= {(place, metric): value for place, value in zip(sets, text, strict=True)}
+        cells[AVERAGE, metric] = f"{found[column].mean():.2f}{share}" if measured else UNMEASURED
     return cells
 
 
@@ -130,95 +105,59 @@ def _ours(name: str, run: Run) -> str:
     return f"{name}-{variant}" if name in ("gaia", "sandi") else name
 
 
-def _settings(method: Method) -> dict[str, object]:
-    """All options of S&I that a method of ours stands for."""
-    return _DEFAULTS | dict(method.options)
-
-
 def _ablations(frame: pd.DataFrame, run: Run) -> Iterator[str]:
-    methods = [outcome.method for outcome in run.outcomes.values() if outcome.method.source == "openood-sandi"]
-    methods = [method for method in methods if set(method.options) <= set(_DEFAULTS)]
-    base = next((method for method in methods if method.name == _ours("sandi", run)), None)
-    if base is None:
+    of_sandi = {
+        name: DEFAULTS | dict(outcome.method.options)
+        for name, outcome in run.outcomes.items()
+        if outcome.method.source == "openood-sandi" and set(outcome.method.options) <= set(DEFAULTS)
+    }
+    base = _ours("sandi", run)
+    if base not in of_sandi:
         return
-    for title, options in ABLATIONS.items():
-        alike: dict[tuple[object, ...], Method] = {}
-        for method in methods:  # of several names for the same settings the first
-            if _differing(method, base) <= set(options):
-                alike.setdefault(_place(method, options), method)
-        rows = {place: _here(frame, method) for place, method in alike.items()}
-        published = _published_ablation(run, title)
-        if len(rows) > 1 or published:
-            yield f"### Tables 3-5: {title}"
-            if not published:
-                yield "Published values: not at hand."
-            places = sorted({*rows, *published}, key=_order)
-            yield markdown(
-                pd.DataFrame(
-                    [
-                        dict(zip(options, map(str, place), strict=True))
-                        | {"method": alike[place].name if place in alike else ""}
-                        | rows.get(place, dict.fromkeys(next(iter(rows.values())), UNMEASURED))
-                        | (published.get(place, dict.fromkeys(PUBLISHED_COLUMNS, ABSENT)) if published else {})
-                        for place in places
-                    ]
-                )
-            )
-
-
-def _differing(method: Method, base: Method) -> set[str]:
-    ours, theirs = _settings(method), _settings(base)
-    return {name for name in ours if ours[name] != theirs[name]}
-
-
-def _place(method: Method, options: Sequence[str]) -> tuple[object, ...]:
-    """The method's values of the options that vary."""
-    values = (_settings(method)[name] for name in options)
-    return tuple(f"{len(value)} modules" if isinstance(value, list) else value for value in values)
-
-
-def _order(place: tuple[object, ...]) -> list[tuple[float, str]]:
-    return [(float(value), "") if isinstance(value, (int, float)) else (0.0, str(value)) for value in place]
-
-
-def _here(frame: pd.DataFrame, method: Method) -> dict[str, str]:
-    averages = frame[(frame["method"] == method.name) & (frame["OOD set"] == AVERAGE)]
-    return {
-        f"{row['group']} {metric}, here": f"{row[column]:.2f}"
-        for _, row in averages.iterrows()
+    settings = pd.DataFrame(of_sandi.values(), index=pd.Index(of_sandi, name="method"))
+    settings["splits"] = settings["splits"].map(lambda s: f"{len(s)} modules" if isinstance(s, list) else s)
+    averages = frame[frame["OOD set"] == AVERAGE].pivot(index="method", columns="group", values=list(COLUMNS.values()))
+    here = {
+        f"{group} {metric}, here": averages[column, group].map("{:.2f}".format)
+        for group in frame["group"].unique()
         for metric, column in COLUMNS.items()
     }
+    for title, varying in ABLATIONS.items():
+        options = list(varying)
+        others = settings.drop(columns=options).map(repr)
+        alike = settings[others.eq(others.loc[base]).all(axis=1)].drop_duplicates(options)[options]
+        alike = alike.join(pd.DataFrame(here)).reset_index()
+        published = _published_ablation(run, title)
+        if len(published):
+            alike = alike.merge(published, how="outer", on=options)
+        elif len(alike) < 2:
+            continue
+        yield f"### Tables 3-5: {title}"
+        if published.empty:
+            yield "Published values: not at hand."
+        alike = alike.sort_values(options)[[*options, *alike.columns.drop(options)]]
+        yield markdown(alike.astype(object).fillna({"method": "", **dict.fromkeys(here, UNMEASURED)}).fillna(ABSENT))
 
 
-def _published_ablation(run: Run, title: str) -> dict[tuple[object, ...], dict[str, str]]:
+def _published_ablation(run: Run, title: str) -> pd.DataFrame:
     """What the authors give, by the value that varies: of step sizes only, as far as is known here."""
     rows = PUBLISHED[(PUBLISHED["table"] == "3-5") & (PUBLISHED["data"] == run.suite.name)]
-    found: dict[tuple[object, ...], dict[str, str]] = {}
-    for (method, metric), values in rows.groupby(["method", "metric"])["value"]:
-        option, _, value = method.removeprefix("S&I ").rpartition(" ")
-        if option == title:
-            cells = found.setdefault((float(value),), dict.fromkeys(PUBLISHED_COLUMNS, ABSENT))
-            cells[f"average {metric}, {PUBLISHED_ON}"] = values.iloc[0]
-    return found
+    option = rows["method"].str.extract(rf"S&I {re.escape(title)} (?P<value>\S+)$")["value"].astype(float)
+    rows = rows.assign(option=option).dropna(subset="option")
+    values = rows.pivot(index="option", columns="metric", values="value").reindex(columns=list(COLUMNS))
+    return values.set_axis(PUBLISHED_COLUMNS, axis=1).rename_axis(ABLATIONS[title][0]).reset_index()
 
 
 def _throughput(frame: pd.DataFrame, run: Run) -> Iterator[str]:
-    speeds = frame.drop_duplicates("method").set_index("method")["images/s"].dropna()
     published = PUBLISHED[PUBLISHED["table"] == "6"].set_index("method")["value"].astype(float)
-    names = {name: _ours(METHODS[name], run) for name in published.index}
-    if "msp" not in speeds or not any(ours in speeds for name, ours in names.items() if name != "MSP"):
+    speeds = frame.drop_duplicates("method").set_index("method")["images/s"]
+    here = pd.Series({name: speeds.get(_ours(METHODS[name], run)) for name in published.index}, dtype=float)
+    if pd.isna(here["MSP"]) or here.drop("MSP").isna().all():
         return
-    rows = []
-    for name, ours in names.items():
-        here = speeds.get(ours)
-        rows.append(
-            {
-                "method": name,
-                "images/s, published": f"{published[name]:.1f}",
-                "times slower than MSP, published": f"{published['MSP'] / published[name]:.2f}",
-                "images/s, here": f"{here:.1f}" if here else UNMEASURED,
-                "times slower than MSP, here": f"{speeds['msp'] / here:.2f}" if here else UNMEASURED,
-            }
-        )
+    table = {"method": published.index.to_series()}
+    for speed, where in ((published, "published"), (here, "here")):
+        for name, values, digits in (("images/s", speed, 1), ("times slower than MSP", speed["MSP"] / speed, 2)):
+            text = values.map(f"{{:.{digits}f}}".format, na_action="ignore")
+            table[f"{name}, {where}"] = text.astype(object).fillna(UNMEASURED)
     yield "### Table 6: throughput"
-    yield markdown(pd.DataFrame(rows))
+    yield markdown(pd.DataFrame(table))

@@ -12,22 +12,18 @@ import pandas as pd
 
 from .environment import described
 from .evaluation import Failure
-from .files import replace
+from .files import markdown, replace
 from .methods import Method
 from .suite import Suite
-from .table import AVERAGE, FPR_OPENOOD, FPR_PAPER, METRICS, RESAMPLES, Group, Run, groups
+from .table import AVERAGE, FPR_OPENOOD, FPR_PAPER, METRICS, RESAMPLES, Run, groups
 
-AVERAGED = ("AUROC", FPR_OPENOOD, FPR_PAPER)
-"""What the summary gives as averages over a group's sets."""
+COSTS = {"forwards": "{:.2f}", "images/s": "{:.0f}", "peak MiB": "{:.1f}"}
 
 
 def legend(runs: int) -> str:
     """What the columns mean, a line each."""
-    if runs == 1:
-        spread = (
-            f"[ , ] or low, high: 95 % percentile bootstrap interval over images ({RESAMPLES} stratified resamples)."
-        )
-    else:
+    spread = f"[ , ] or low, high: 95 % percentile bootstrap interval over images ({RESAMPLES} stratified resamples)."
+    if runs > 1:
         spread = f"+- or std: standard deviation over {runs} networks; values are means over them."
     return f"""\
 AUROC to ID accuracy are percentages. ID = in-distribution, OOD = out-of-distribution. Averages weigh sets alike.
@@ -42,85 +38,49 @@ peak: most memory held beyond network and images; on a CPU that of torch's tenso
 
 def summary(frame: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     """A row for each method, all text, under two header lines: averages, AUROC of every set, cost."""
+    wide = {"index": "method", "columns": ["group", "OOD set"]}
+    full, short = _text(frame).pivot(**wide), _text(frame, spread=False).pivot(**wide)
     found = groups(suite)
-    columns: dict[tuple[str, str], list[str]] = {}
-    methods = list(dict.fromkeys(frame["method"]))
-    for metric in AVERAGED:
-        for group in found:
-            cells = [_cell(frame, method, group, AVERAGE) for method in methods]
-            if metric == "AUROC":
-                columns[metric, group.title] = [_text(cell, metric) for cell in cells]
-            else:
-                columns[metric, group.count] = [f"{cell[metric]:.2f}" for cell in cells]
-        if metric == "AUROC":
-            for group in found:
-                for images in group.sets:
-                    cells = [_cell(frame, method, group, images.name) for method in methods]
-                    columns[metric, images.name] = [f"{cell[metric]:.2f}" for cell in cells]
-    rows = frame.drop_duplicates("method").set_index("method").loc[methods]
-    columns["ID accuracy", ""] = [f"{value:.2f}" for value in rows["ID accuracy"]]
-    for name, digits in (("forwards", ".2f"), ("images/s", ".0f"), ("peak MiB", ".1f")):
-        columns[name, ""] = ["" if pd.isna(value) else f"{value:{digits}}" for value in rows[name]]
-    return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
+    columns = {("AUROC", group.title): full["AUROC", group.name, AVERAGE] for group in found}
+    columns |= {("AUROC", s.name): short["AUROC", group.name, s.name] for group in found for s in group.sets}
+    for metric in (FPR_OPENOOD, FPR_PAPER):
+        columns |= {(metric, group.count): short[metric, group.name, AVERAGE] for group in found}
+    columns |= {(name, ""): short[name, found[0].name, AVERAGE] for name in ("ID accuracy", *COSTS)}
+    return pd.DataFrame(columns).loc[frame["method"].unique()]
 
 
 def screen(frame: pd.DataFrame, suite: Suite) -> str:
     """The summary for a terminal: AUROC in one block, the rest in another."""
     text = summary(frame, suite)
-    first = [column for column in text.columns if column[0] == "AUROC"]
-    rest = [column for column in text.columns if column[0] != "AUROC"]
-    return "\n\n".join(_flush(text[columns]) for columns in (first, rest))
-
-
-def _flush(text: pd.DataFrame) -> str:
-    """Two header lines: the metric, only where it changes, and what it is of."""
-    heads = [column[0] for column in text.columns]
-    top = [head if at == 0 or heads[at - 1] != head else "" for at, head in enumerate(heads)]
-    table = text.reset_index()
-    table.columns = pd.MultiIndex.from_tuples([("", "method"), *zip(top, (c[1] for c in text.columns), strict=True)])
-    return str(table.to_string(index=False))
+    first = text.columns.get_level_values(0) == "AUROC"
+    return "\n\n".join(text.loc[:, columns].reset_index().to_string(index=False) for columns in (first, ~first))
 
 
 def full(frame: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     """Every row, all text, with each metric's spread beside it."""
     titles = {group.name: group.title for group in groups(suite)}
     averages = frame["OOD set"] == AVERAGE
-    text = pd.DataFrame(
-        {
-            "group": frame["group"].where(~averages, frame["group"].map(titles)),
-            "OOD set": frame["OOD set"].where(~averages, f"*{AVERAGE}*"),
-            "method": frame["method"],
-        }
-    )
+    text = _text(frame)
+    text["group"] = text["group"].where(~averages, text["group"].map(titles))
+    text["OOD set"] = text["OOD set"].where(~averages, f"*{AVERAGE}*")
+    quartiles = (frame[f"forwards ({quartile})"].map("{:.2f}".format) for quartile in ("Q1", "Q3"))
+    text["(Q1-Q3)"] = pd.Series(map("-".join, zip(*quartiles, strict=True))).where(frame["forwards"].notna(), "")
+    costs = ["images/s", "peak MiB", "forwards", "(Q1-Q3)"]
+    return text[["group", "OOD set", "method", *METRICS.values(), "ID accuracy", *costs]]
+
+
+def _text(frame: pd.DataFrame, spread: bool = True) -> pd.DataFrame:
+    """The table with all values as text, those of metrics with their spread."""
+    text = frame[["group", "OOD set", "method"]].copy()
     for metric in METRICS.values():
-        text[metric] = [_text(row, metric) for _, row in frame.iterrows()]
-    for name, digits in (("ID accuracy", 2), ("images/s", 0), ("peak MiB", 1), ("forwards", 2)):
-        text[name] = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in frame[name]]
-    text["(Q1-Q3)"] = [
-        "" if pd.isna(low) else f"{low:.2f}-{high:.2f}"
-        for low, high in zip(frame["forwards (Q1)"], frame["forwards (Q3)"], strict=True)
-    ]
+        ends = [end for end in ("", " std", " low", " high") if metric + end in frame]
+        value, *others = (frame[metric + end].map("{:.2f}".format) for end in ends)
+        text[metric] = value
+        if spread:
+            text[metric] += " +- " + others[0] if len(others) == 1 else " [" + others[0] + ", " + others[1] + "]"
+    for name, pattern in {"ID accuracy": "{:.2f}", **COSTS}.items():
+        text[name] = ["" if pd.isna(value) else pattern.format(value) for value in frame[name]]
     return text
-
-
-def _cell(frame: pd.DataFrame, method: str, group: Group, name: str) -> Mapping[str, float]:
-    row = frame[(frame["method"] == method) & (frame["group"] == group.name) & (frame["OOD set"] == name)]
-    cells: Mapping[str, float] = row.iloc[0]
-    return cells
-
-
-def _text(row: Mapping[str, float], metric: str) -> str:
-    """A value with its spread."""
-    if f"{metric} std" in row:
-        return f"{row[metric]:.2f} +- {row[f'{metric} std']:.2f}"
-    return f"{row[metric]:.2f} [{row[f'{metric} low']:.2f}, {row[f'{metric} high']:.2f}]"
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table of text in Markdown; of two header lines, as one."""
-    heads = [" ".join(filter(None, name)) if isinstance(name, tuple) else name for name in frame.columns]
-    rows = [heads, ["---"] * len(heads), *frame.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def remarks(suite: Suite, failures: Sequence[Failure]) -> list[str]:
@@ -157,7 +117,7 @@ def write(
         markdown(full(frame, suite)),
         "## Network, images, methods",
         f"Network: {suite.network_description}. Weights (SHA-256): {', '.join(run.suite.weights for run in runs)}.",
-        "\n".join(_described_sets(suite)),
+        "\n".join(f"- {s.name} ({s.group}, {len(s)} images): {s.description}" for s in suite.test_sets),
         "\n".join(f"- {method.name}: {method.title}, by {method.source}{_options(method)}" for method in methods),
     ]
     replace(folder / "results.csv", frame.to_csv(index=False))
@@ -176,11 +136,6 @@ def _made(runs: Sequence[Run], about: Mapping[str, Any]) -> str:
     return made + (f" Costs measured on {' and '.join(sorted(timed))}." if timed else " Costs were not measured.")
 
 
-def _described_sets(suite: Suite) -> list[str]:
-    sets = [suite.in_distribution, *suite.out_of_distribution]
-    return [f"- {s.name} ({s.group}, {len(s)} images): {s.description}" for s in sets]
-
-
 def _options(method: Method) -> str:
     return "".join(f", {name}={value!r}" for name, value in method.options.items())
 
@@ -189,7 +144,6 @@ def _record(
     frame: pd.DataFrame, runs: Sequence[Run], failures: Sequence[Failure], about: Mapping[str, Any]
 ) -> dict[str, Any]:
     suite = runs[0].suite
-    sets = [suite.in_distribution, *suite.out_of_distribution]
     return {
         **about,
         "data": suite.name,
@@ -199,23 +153,14 @@ def _record(
         "network_description": suite.network_description,
         "weights": [run.suite.weights for run in runs],
         "sets": [
-            {
-                "name": s.name,
-                "group": s.group,
-                "images": len(s),
-                "description": s.description,
-                "fingerprint": s.fingerprint,
-            }
-            for s in sets
+            {name: getattr(images, name) for name in ("name", "group")}
+            | {"images": len(images), "description": images.description, "fingerprint": images.fingerprint}
+            for images in suite.test_sets
         ],
         "methods": [
-            {
-                "name": outcome.method.name,
-                "title": outcome.method.title,
-                "source": outcome.method.source,
-                "options": {name: _plain(value) for name, value in outcome.method.options.items()},
-                "cost": asdict(outcome.expense) if outcome.expense else None,
-            }
+            {name: getattr(outcome.method, name) for name in ("name", "title", "source")}
+            | {"options": {name: _plain(value) for name, value in outcome.method.options.items()}}
+            | {"cost": asdict(outcome.expense) if outcome.expense else None}
             for outcome in runs[0].outcomes.values()
         ],
         "failures": [asdict(failure) for failure in failures],

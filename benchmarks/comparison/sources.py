@@ -1,97 +1,139 @@
-"""From the command line to a :class:`Suite`: ``--data`` and all that goes with it."""
+"""From the command line to a :class:`Suite`: ``--data`` and all that goes with it, the network with its weights too."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from networks import catalogue
-from networks.errors import SourceError
-from networks.paper import SPLITS
+import torch
+from networks import SourceError, catalogue, checkpoints
+from networks.catalogue import Architecture, Input, Normalisation
+from torch import nn
 
-from . import digits, folders
-from .arguments import positive
-from .folders import OodOption
-from .image_lists import ImageLists
-from .protocols import BENCHMARKS, PROTOCOLS
-from .suite import ImageSet, Suite, state_digest
-from .trained_network import RANDOM, SEED, TrainedNetwork, checkpoint_beside, trained_network
+from . import digits, image_files
+from .console import positive
+from .image_files import OodOption
+from .image_lists import BENCHMARKS, PROTOCOLS, ImageLists
+from .suite import Suite, state_digest
 from .training import default_cache
+
+RANDOM = "random"
+"""Stands for weights that nobody trained."""
+SEED = "{seed}"
+"""In a checkpoint's path, gives way to the seed."""
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".npz")
+
+
+def trained_network(
+    options: argparse.Namespace,
+    name: str,
+    checkpoint: str,
+    seed: int,
+    classes: int,
+    default: Input | None,
+    or_more: bool = False,
+) -> tuple[dict[str, Any], Input]:
+    """What a suite tells of the network ``name``, and its input.
+
+    It has ``classes``, or more, ``or_more``, if its weights have more.
+    ``checkpoint`` is a file, or ``RANDOM``, or ``catalogue.DOWNLOAD``. What of the input neither the user's options nor
+    the network tell is that of ``default``, the data set's.
+    """
+    found = classes
+    if checkpoint == catalogue.DOWNLOAD:
+        net, preset, weights = catalogue.downloaded(name)
+        found = checkpoints.classes(net, net.state_dict()) or classes
+        origin = f"weights {weights}"
+    else:
+        preset = catalogue.architecture(name)
+        net = _seeded(preset, classes, seed)
+        origin = f"random weights of seed {seed}"
+        if checkpoint != RANDOM:
+            path = Path(checkpoint.replace(SEED, str(seed)))
+            state = checkpoints.read(path)
+            found = checkpoints.classes(net, state) or classes
+            net = net if found == classes else _seeded(preset, found, seed)
+            checkpoints.load(net, state, path, lambda: catalogue.on_meta(found))
+            origin = f"weights of {path.name}"
+    if found < classes or (found > classes and not or_more):
+        raise SourceError(f"The network has {found} classes and the ID data {classes}: {name}, {origin}.")
+    shape, normalisation = _input(options, name, preset.input, default)
+    told = {
+        "network": net.eval(),
+        "network_name": name,
+        "network_description": f"{preset.title}, {origin}",
+        "weights": state_digest(net),
+        "classes": found,
+        "normalisation": normalisation,
+        "paper_splits": tuple(preset.paper_splits(net)),
+        "paper_feature": preset.paper_feature,
+    }
+    return told, shape
+
+
+def _input(
+    options: argparse.Namespace, name: str, own: Input | None, default: Input | None
+) -> tuple[Input, Normalisation]:
+    shape = own or default
+    if options.size is not None:
+        shape = Input(*options.size) if shape is None else replace(shape, resize=options.size[0], crop=options.size[1])
+    if shape is None:
+        raise SourceError(f"{name} has no size of input of its own: --size gives that of its training.")
+    normalisation = shape.normalisation or (default.normalisation if default else None)
+    if options.mean is not None:
+        normalisation = tuple(options.mean), tuple(options.std)
+    if normalisation is None:
+        raise SourceError(f"{name} has no normalisation of its own: --mean and --std give that of its training.")
+    return shape, normalisation
+
+
+def _seeded(architecture: Architecture, classes: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # and no GPU's
+        return architecture.make(classes)
+
+
+def checkpoint_beside(data_root: Path, data: str, name: str) -> str:
+    """The checkpoint beside the data root whose name tells data and network."""
+    folder = data_root.resolve().parent / "checkpoints"
+    stem = f"{data}_{name.rpartition(':')[2]}"
+    there = sorted(path.name for path in folder.glob(f"{data}_*") if path.suffix in SUFFIXES)
+    for suffix in SUFFIXES:
+        if f"{stem}{suffix}" in there:
+            return str(folder / f"{stem}{suffix}")
+    hint = f" There is {', '.join(there)}, for other networks." if there else ""
+    raise SourceError(
+        f"No weights for {name}: --checkpoint names a file of them; {folder / stem}{SUFFIXES[0]} would be found.{hint}"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`load` reads."""
-    group = parser.add_argument_group("data and network")
-    group.add_argument(
-        "--data",
-        choices=("digits", *BENCHMARKS, "folders"),
-        default="digits",
-        help="in-distribution (ID) data, and what goes with it; default: %(default)s, which is embedded",
-    )
-    group.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="OpenOOD's data folder, with benchmark_imglist and images_*; default: %(default)s",
-    )
-    group.add_argument(
-        "--protocol",
-        choices=tuple(PROTOCOLS),
-        default="openood",
-        help="whose OOD sets for cifar10, cifar100 and imagenet: OpenOOD's near and far, or the paper's; "
-        "default: %(default)s",
-    )
-    group.add_argument(
-        "--id", type=Path, metavar="DIR", help="for --data folders: ID images, in a subfolder for each class"
-    )
-    group.add_argument(
-        "--ood",
-        nargs="+",
-        type=OodOption.parse,
-        default=[],
-        metavar="[near:|far:]NAME[=DIR]",
-        help="further OOD sets: all images below DIR, or OpenOOD's list test_NAME.txt; default: far",
-    )
-    group.add_argument(
-        "--network",
-        metavar="NAME",
-        help=f"one of {', '.join((*catalogue.NETWORKS, *catalogue.PREFIXES))}; default: OpenOOD's for the data",
-    )
-    group.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help=f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
-        f"torchvision's own, which are downloaded; or {RANDOM}; default: DATA_NETWORK.pt or the like in "
-        "DATA_ROOT/../checkpoints",
-    )
+    add = parser.add_argument_group("data and network").add_argument
+    data = "in-distribution (ID) data, and what goes with it; default: %(default)s, which is embedded"
+    add("--data", choices=("digits", *BENCHMARKS, "folders"), default="digits", help=data)
+    root = "OpenOOD's data folder, with benchmark_imglist and images_*; default: %(default)s"
+    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help=root)
+    protocol = "whose OOD sets for cifar10, cifar100 and imagenet: OpenOOD's near and far, or the paper's; "
+    add("--protocol", choices=tuple(PROTOCOLS), default="openood", help=protocol + "default: %(default)s")
+    add("--id", type=Path, metavar="DIR", help="for --data folders: ID images, in a subfolder for each class")
+    ood = "further OOD sets: all images below DIR, or OpenOOD's list test_NAME.txt; default: far"
+    add("--ood", nargs="+", type=OodOption.parse, default=[], metavar="[near:|far:]NAME[=DIR]", help=ood)
+    names = ", ".join((*catalogue.ARCHITECTURES, *catalogue.PREFIXES))
+    add("--network", metavar="NAME", help=f"one of {names}; default: OpenOOD's for the data")
+    weights = f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
+    weights += f"torchvision's own, which are downloaded; or {RANDOM}; default: DATA_NETWORK.pt or the like in "
+    add("--checkpoint", metavar="FILE", help=weights + "DATA_ROOT/../checkpoints")
     for option, what in (("--mean", "mean"), ("--std", "standard deviation")):
-        group.add_argument(
-            option,
-            nargs=3,
-            type=float,
-            metavar=("R", "G", "B"),
-            help=f"{what} of pixels in 0..1 in the network's training; default: the network's, or the data's",
-        )
-    group.add_argument(
-        "--size",
-        nargs=2,
-        type=positive,
-        metavar=("RESIZE", "CROP"),
-        help="pixels of an image's shorter side, and of the square at its centre; default: the network's",
-    )
-    group.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        metavar="SEED",
-        help="a network for each; default: 0. Of digits they are trained, of other data read",
-    )
-    group.add_argument(
-        "--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s"
-    )
+        pixels = f"{what} of pixels in 0..1 in the network's training; default: the network's, or the data's"
+        add(option, nargs=3, type=float, metavar=("R", "G", "B"), help=pixels)
+    size = "pixels of an image's shorter side, and of the square at its centre; default: the network's"
+    add("--size", nargs=2, type=positive, metavar=("RESIZE", "CROP"), help=size)
+    seeds = "a network for each; default: 0. Of digits they are trained, of other data read"
+    add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help=seeds)
+    add("--cache", type=Path, default=default_cache(), help="keeps trained networks; default: %(default)s")
 
 
 def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
@@ -103,9 +145,11 @@ def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
     seed = options.seeds[0] if seed is None else seed
     if options.data == "digits":
         return digits.load(seed, options.cache)
-    if options.data == "folders":
-        return _from_folders(options, seed)
-    return _from_lists(options, seed)
+    suite = _from_folders(options, seed) if options.data == "folders" else _from_lists(options, seed)
+    known = suite.in_distribution.name
+    if known in [images.name for images in suite.out_of_distribution]:
+        raise SourceError(f"--ood {known} is called as the ID set is; it needs another name.")
+    return suite
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -137,59 +181,33 @@ def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
     benchmark = BENCHMARKS[options.data]
     name = options.network or benchmark.network
     checkpoint = options.checkpoint or checkpoint_beside(options.data_root, options.data, name)
-    net = trained_network(options, name, checkpoint, seed, benchmark.classes, benchmark.input)
-    lists = ImageLists(options.data, options.data_root, net.shape, net.normalisation)
+    network, shape = trained_network(options, name, checkpoint, seed, benchmark.classes, benchmark.input)
+    lists = ImageLists(options.data, options.data_root, shape, network["normalisation"])
     try:
         known = lists.in_distribution()
     except SourceError as error:
         raise SourceError(f"--data {options.data} needs its test images in --data-root: {error}.") from error
     unknown, missing = lists.out_of_distribution(options.protocol, options.ood)
-    suite = _suite(options.data, net, PROTOCOLS[options.protocol], known, unknown)
-    training = validation = None
-    try:
-        training = lists.training()
-    except SourceError as error:
-        missing += (f"training images: {error}",)
-    try:
-        validation = lists.validation()
-    except SourceError as error:
-        missing += (f"validation images: {error}",)
-    return replace(suite, training=training, validation=validation, missing=missing)
+    for what, read in (("training", lists.training), ("validation", lists.validation)):
+        try:
+            network[what] = read()
+        except SourceError as error:
+            missing += (f"{what} images: {error}",)
+    told = {"protocol": PROTOCOLS[options.protocol], "missing": missing, **network}
+    return Suite(options.data, in_distribution=known, out_of_distribution=unknown, **told)
 
 
 def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
     if options.network is None or options.checkpoint is None:
         raise SourceError("--data folders needs --network NAME and --checkpoint FILE.")
-    labels = folders.classes_of(options.id)
+    labels = image_files.classes_of(options.id)
     numbered = all(name.isdecimal() for name in labels)
     count = max(labels.values()) + 1
     # Numbered folders may be some of the network's classes; others have to be all of them, in order.
-    net = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
-    known = folders.id_set(options.id, labels, net.shape, net.normalisation)
-    unknown = tuple(
-        folders.folder_set(option.name, option.group or "far", option.folder, net.shape, net.normalisation)
-        for option in options.ood
-    )
+    network, shape = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
+    pixels = shape, network["normalisation"]
+    known = image_files.id_set(options.id, labels, *pixels)
+    unknown = [image_files.folder_set(one.name, one.group or "far", one.folder, *pixels) for one in options.ood]
     missing = tuple(f"{what} images: --data folders has none" for what in ("training", "validation"))
-    return replace(_suite("folders", net, "folders of images", known, unknown), missing=missing)
-
-
-def _suite(data: str, net: TrainedNetwork, protocol: str, known: ImageSet, unknown: tuple[ImageSet, ...]) -> Suite:
-    names = [images.name for images in (known, *unknown)]
-    if len(set(names)) < len(names):
-        raise SourceError(f"--ood {known.name} is called as the ID set is; it needs another name.")
-    splits = SPLITS.get(net.name)
-    return Suite(
-        name=data,
-        network=net.network,
-        network_name=net.name,
-        network_description=net.description,
-        weights=state_digest(net.network),
-        classes=net.classes,
-        normalisation=net.normalisation,
-        in_distribution=known,
-        out_of_distribution=unknown,
-        protocol=protocol,
-        paper_splits=tuple(splits.names(net.network)) if splits else (),
-        paper_feature=splits.feature if splits else None,
-    )
+    told = {"protocol": "folders of images", "missing": missing, **network}
+    return Suite("folders", in_distribution=known, out_of_distribution=tuple(unknown), **told)

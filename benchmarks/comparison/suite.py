@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from networks.catalogue import Normalisation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 Group = Literal["ID", "near", "far"]
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of pixels in 0..1, by channel."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class ImageSet:
         fingerprint = digest(self.fingerprint, f"{limit} in equal steps")
         return replace(self, dataset=Subset(self.dataset, chosen), fingerprint=fingerprint)
 
-    def loader(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    def loader(self, batch_size: int, workers: int = 0, collate: Callable[..., Any] | None = None) -> DataLoader[Any]:
         """Batches of images (B, C, H, W) and labels (B,) in the set's order, on the CPU."""
         # Its own generator, as it would draw seeds for its workers from the global one.
-        return DataLoader(self.dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
+        own = torch.Generator()
+        return DataLoader(self.dataset, batch_size, num_workers=workers, collate_fn=collate, generator=own)
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,23 @@ class Suite:
     paper_feature: str | None = None
     """The paper's F of Eq. 12 on this network, by module name."""
 
+    @property
+    def test_sets(self) -> tuple[ImageSet, ...]:
+        """ID first."""
+        return (self.in_distribution, *self.out_of_distribution)
+
     def limited(self, limit: int | None) -> Suite:
         """The suite with every set cut to ``limit`` images in equal steps; training images are kept, all of them."""
-        validation = self.validation and (self.validation[0].limited(limit), self.validation[1].limited(limit))
+        return self.mapped(lambda images: images.limited(limit))
+
+    def mapped(self, change: Callable[[ImageSet], ImageSet], training: bool = False) -> Suite:
+        """The suite with every set changed, that of training images only if asked to."""
         return replace(
             self,
-            in_distribution=self.in_distribution.limited(limit),
-            out_of_distribution=tuple(images.limited(limit) for images in self.out_of_distribution),
-            validation=validation,
+            in_distribution=change(self.in_distribution),
+            out_of_distribution=tuple(map(change, self.out_of_distribution)),
+            training=change(self.training) if training and self.training else self.training,
+            validation=self.validation and (change(self.validation[0]), change(self.validation[1])),
         )
 
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
 import pandas as pd
 
-from . import bootstrap
-from .bootstrap import Draws, Floats
-from .evaluation import Outcome, Scored
-from .expense import Expense
-from .metrics import detection
-from .progress import progress
+from . import metrics
+from .console import progress
+from .cost import Expense
+from .evaluation import Outcome
+from .metrics import Floats, detection
 from .suite import ImageSet, Suite
 
 FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
-METRICS = dict(zip(bootstrap.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
+METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
 """Columns of the metrics, in percent. Each has its spread beside it: ``low`` and ``high``, or ``std``."""
 AVERAGE = "average"
 """The name, as an OOD set, of the mean over a group's sets."""
 RESAMPLES = 1000
+
+Place = tuple[str, str]
+"""A group, and one of its OOD sets or ``AVERAGE``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class OodGroup:
     """Near- or far-OOD: the sets at hand, and the names of those that the protocol has and that are missing."""
 
     name: str
@@ -53,14 +55,19 @@ class Group:
         """``far (2 of 4)``."""
         return f"{self.name} ({len(self.sets)} of {len(self.sets) + len(self.missing)})"
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The average, then each set."""
+        return (AVERAGE, *(images.name for images in self.sets))
 
-def groups(suite: Suite) -> list[Group]:
+
+def groups(suite: Suite) -> list[OodGroup]:
     """The suite's groups that have a set."""
     missing = [
         match.groups() for sentence in suite.missing if (match := re.match(r"(\S+) \((near|far)-OOD\)", sentence))
     ]
     found = [
-        Group(
+        OodGroup(
             name,
             tuple(images for images in suite.out_of_distribution if images.group == name),
             tuple(absent for absent, group in missing if group == name),
@@ -76,109 +83,75 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     With one run the spread is a 95 % bootstrap interval over images; with several, the mean over runs is given and
     its spread is their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
-    if len(runs) == 1:
-        rows = _with_intervals(runs[0], resamples)
-        metrics = [name + end for name in METRICS.values() for end in ("", " low", " high")]
-    else:
-        rows = _over_runs(runs)
-        metrics = [name + end for name in METRICS.values() for end in ("", " std")]
-    of_id = ["ID accuracy"] if len(runs) == 1 else ["ID accuracy", "ID accuracy std"]
-    frame = pd.DataFrame(rows, columns=["group", "OOD set", "images", "method", *metrics, *of_id, *_costs(None)])
-    places = [
-        (group.name, name) for group in groups(runs[0].suite) for name in (AVERAGE, *(s.name for s in group.sets))
-    ]
-    rank = {place: index for index, place in enumerate(places)}
-    by_set = [rank[place] for place in zip(frame["group"], frame["OOD set"], strict=True)]
-    return frame.iloc[np.argsort(by_set, kind="stable")].reset_index(drop=True)
+    rows = []
+    for name in progress(list(runs[0].outcomes), "metrics", "method"):
+        spreads = _intervals(runs[0], name, resamples) if len(runs) == 1 else _deviations(runs, name)
+        costs = _costs(runs[0].outcomes[name].expense)
+        for group in groups(runs[0].suite):
+            counts = {AVERAGE: sum(map(len, group.sets)), **{images.name: len(images) for images in group.sets}}
+            for place, count in counts.items():
+                of = {"group": group.name, "OOD set": place, "images": count, "method": name}
+                rows.append({**of, **spreads[group.name, place], **costs})
+    frame = pd.DataFrame(rows)
+    order = frame.groupby(["group", "OOD set"], sort=False).ngroup().argsort(kind="stable")
+    return frame.iloc[order].reset_index(drop=True)
 
 
-def accuracy(known: Scored) -> float:
-    """The share of ID images whose class is predicted."""
-    return float(np.mean(known.pred == known.labels))
-
-
-def point_metrics(outcome: Outcome, suite: Suite) -> dict[tuple[str, str], Floats]:
+def point_metrics(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
     """Metrics (5,) in 0..1 by group and OOD set, averages included."""
     known = outcome.scored[suite.in_distribution.name].scores
-    found: dict[tuple[str, str], Floats] = {}
+    return _averaged(suite, lambda images: np.array(astuple(detection(known, outcome.scored[images.name].scores))))
+
+
+def _averaged(suite: Suite, of: Callable[[ImageSet], Floats]) -> dict[Place, Floats]:
+    """What ``of`` gives for each set, and its mean over each group."""
+    found: dict[Place, Floats] = {}
     for group in groups(suite):
-        by_set = {
-            (group.name, images.name): np.array(astuple(detection(known, outcome.scored[images.name].scores)))
-            for images in group.sets
-        }
+        by_set = {(group.name, images.name): of(images) for images in group.sets}
         found |= {(group.name, AVERAGE): np.mean(list(by_set.values()), axis=0), **by_set}
     return found
 
 
-def _with_intervals(run: Run, resamples: int) -> list[dict[str, object]]:
-    rows = []
-    id_draws = bootstrap.draws(len(run.suite.in_distribution), resamples, 0, 0)
-    for name, outcome in progress(list(run.outcomes.items()), "bootstrap", "method"):
-        spread = _resampled(outcome, run.suite, id_draws)
-        for place, values in point_metrics(outcome, run.suite).items():
-            low, high = bootstrap.interval(spread[place])
-            cells: dict[str, float] = {}
-            for metric, value, lower, upper in zip(METRICS.values(), values, low, high, strict=True):
-                cells |= {metric: 100 * value, f"{metric} low": 100 * lower, f"{metric} high": 100 * upper}
-            rows.append(_row(name, place, run, 100 * accuracy(_known(run, name))) | cells)
-    return rows
+def _intervals(run: Run, method: str, resamples: int) -> dict[Place, dict[str, float]]:
+    """Percentages of a run with their bootstrap intervals, by group and OOD set."""
+    outcome, suite = run.outcomes[method], run.suite
+    known = outcome.scored[suite.in_distribution.name]
+    id_draws = metrics.draws(len(known.scores), resamples, 0, 0)
+    strata = [images.name for group in groups(suite) for images in group.sets]
 
+    def resampled(images: ImageSet) -> Floats:
+        ood_draws = metrics.draws(len(images), resamples, 0, 1 + strata.index(images.name))
+        return metrics.resampled(known.scores, outcome.scored[images.name].scores, id_draws, ood_draws)
 
-def _resampled(outcome: Outcome, suite: Suite, id_draws: Draws) -> dict[tuple[str, str], Floats]:
-    """Resampled metrics (resamples, 5) by group and OOD set, averages included."""
-    known = outcome.scored[suite.in_distribution.name].scores
-    found: dict[tuple[str, str], Floats] = {}
-    stratum = 0
-    for group in groups(suite):
-        by_set = {}
-        for images in group.sets:
-            stratum += 1
-            ood_draws = bootstrap.draws(len(images), len(id_draws), 0, stratum)
-            scores = outcome.scored[images.name].scores
-            by_set[group.name, images.name] = bootstrap.resampled(known, scores, id_draws, ood_draws)
-        found |= {(group.name, AVERAGE): np.mean(list(by_set.values()), axis=0), **by_set}
+    spread = _averaged(suite, resampled)
+    found = {}
+    for place, values in point_metrics(outcome, suite).items():
+        low, high = np.percentile(spread[place], [2.5, 97.5], axis=0)
+        cells = _cells({"": values, " low": low, " high": high})
+        found[place] = {**cells, "ID accuracy": 100 * known.accuracy}
     return found
 
 
-def _over_runs(runs: Sequence[Run]) -> list[dict[str, object]]:
-    rows = []
-    for name in runs[0].outcomes:
-        accuracies = [accuracy(_known(run, name)) for run in runs]
-        by_run = [point_metrics(run.outcomes[name], run.suite) for run in runs]
-        for place in by_run[0]:
-            values = np.stack([found[place] for found in by_run])
-            cells: dict[str, float] = {}
-            for metric, mean, std in zip(METRICS.values(), values.mean(axis=0), values.std(axis=0), strict=True):
-                cells |= {metric: 100 * mean, f"{metric} std": 100 * std}
-            cells["ID accuracy std"] = 100 * float(np.std(accuracies))
-            rows.append(_row(name, place, runs[0], 100 * float(np.mean(accuracies))) | cells)
-    return rows
+def _deviations(runs: Sequence[Run], method: str) -> dict[Place, dict[str, float]]:
+    """Percentages' means over runs with their standard deviations, by group and OOD set."""
+    accuracies = [run.outcomes[method].scored[run.suite.in_distribution.name].accuracy for run in runs]
+    of_id = {"ID accuracy": 100 * float(np.mean(accuracies)), "ID accuracy std": 100 * float(np.std(accuracies))}
+    by_run = [point_metrics(run.outcomes[method], run.suite) for run in runs]
+    values = {place: np.stack([found[place] for found in by_run]) for place in by_run[0]}
+    spread = {place: {"": found.mean(axis=0), " std": found.std(axis=0)} for place, found in values.items()}
+    return {place: {**_cells(ends), **of_id} for place, ends in spread.items()}
 
 
-def _known(run: Run, method: str) -> Scored:
-    return run.outcomes[method].scored[run.suite.in_distribution.name]
-
-
-def _row(method: str, place: tuple[str, str], run: Run, id_accuracy: float) -> dict[str, object]:
-    group, name = place
-    sets = [s for s in run.suite.out_of_distribution if s.group == group and name in (AVERAGE, s.name)]
-    return {
-        "group": group,
-        "OOD set": name,
-        "images": sum(map(len, sets)),
-        "method": method,
-        "ID accuracy": id_accuracy,
-        **_costs(run.outcomes[method].expense),
-    }
+def _cells(values: Mapping[str, Floats]) -> dict[str, float]:
+    """{column: percentage} of metrics (5,) in 0..1 by what their columns' names end with."""
+    columns = [(at, metric, end) for at, metric in enumerate(METRICS.values()) for end in values]
+    return {metric + end: 100 * float(values[end][at]) for at, metric, end in columns}
 
 
 def _costs(expense: Expense | None) -> dict[str, float]:
-    nothing = float("nan")
-    lower, median, upper = expense.cost.forwards if expense else (nothing, nothing, nothing)
-    return {
-        "images/s": expense.cost.images_per_second if expense else nothing,
-        "forwards": median,
-        "forwards (Q1)": lower,
-        "forwards (Q3)": upper,
-        "peak MiB": expense.peak_bytes / 2**20 if expense else nothing,
-    }
+    names = ("images/s", "forwards", "forwards (Q1)", "forwards (Q3)", "peak MiB")
+    if expense is None:
+        return dict.fromkeys(names, float("nan"))
+    lower, median, upper = expense.cost.forwards
+    values = (expense.cost.images_per_second, median, lower, upper, expense.peak_bytes / 2**20)
+    return dict(zip(names, values, strict=True))

@@ -15,6 +15,8 @@ from networks.cifar import CifarResNet
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import replace
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,14 +57,17 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
         try:
             with torch.device("meta"):  # no memory and no random numbers for weights that are read
                 net = recipe.network(images, labels)
-            net.load_state_dict(_read(path), assign=True)
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
         except Exception as error:  # a damaged file may fail in any way; training again cures all of them
             warnings.warn(f"Cached network {path} is unusable ({error}); training it again.", stacklevel=2)
         else:
             return net.eval()
     net = train(images, labels, recipe, seed)
     try:
-        _save(net, path)
+        replace(path, lambda partial: torch.save(net.state_dict(), partial))
     except OSError as error:
         warnings.warn(f"Could not cache the network ({error}); the next run trains again.", stacklevel=2)
     return net
@@ -73,17 +78,10 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarRes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = recipe.network(images, labels).train()
-        optimizer = torch.optim.SGD(
-            net.parameters(),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=True,
-        )
+        rate, decay = recipe.learning_rate, recipe.weight_decay
+        optimizer = torch.optim.SGD(net.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=True)
         steps = len(images) // recipe.batch_size  # a last short batch would give poor batch statistics
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=recipe.epochs * steps)
         for _ in tqdm(range(recipe.epochs), desc="training", unit="epoch", disable=None):
             order = torch.randperm(len(images))
             for batch in order[: steps * recipe.batch_size].view(steps, recipe.batch_size):
@@ -93,24 +91,3 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarRes
                 optimizer.step()
                 schedule.step()
     return net.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    # torch.load does not look at the checksums that torch.save writes.
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def _save(net: CifarResNet, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that a reader never sees half a file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        torch.save(net.state_dict(), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

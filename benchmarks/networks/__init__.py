@@ -2,3 +2,7 @@
 
 Module names are those of the weights that people have, so that published state dicts load as they are.
 """
+
+
+class SourceError(ValueError):
+    """The data, network or weights asked for cannot be had; the message says what to do."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import SourceError
-from .mobilenet import dequantised
+from . import SourceError
+from .imagenet import dequantised
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
 """Keys under which training scripts put the state dict."""
@@ -36,7 +36,8 @@ def read(path: Path) -> State:
             f"{path} is no checkpoint, or holds code besides weights; save the network's state_dict() alone."
         ) from error
     except Exception as error:  # a damaged file may fail in any way
-        raise SourceError(f"{path} cannot be read as a checkpoint: {_first_line(error)}.") from error
+        line = (str(error) or type(error).__name__).partition("\n")[0]
+        raise SourceError(f"{path} cannot be read as a checkpoint: {line}.") from error
     while isinstance(content, Mapping):
         inner = [content[key] for key in NESTED if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -64,10 +65,6 @@ def _content(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0]
-
-
 def classes(net: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """How many classes ``state`` has: the rows of what is the last matrix or kernel in ``net``. None if it has none."""
     head = [name for name, tensor in net.state_dict().items() if tensor.dim() > 1][-1]
@@ -78,16 +75,14 @@ def classes(net: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 def misfits(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps ``state`` from being that of ``net``, one line for each kind: missing, unexpected, mis-shaped."""
     own = net.state_dict()
-    # Older files have no counts of batches, which nothing uses in eval mode.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [f"{kind}: {_some(names)}" for kind, names in found if names]
+    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
+    found = {
+        # Older files have no counts of batches, which nothing uses in eval mode.
+        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}" for n in reshaped],
+    }
+    return [f"{kind}: {_some(names)}" for kind, names in found.items() if names]
 
 
 def _some(names: list[str]) -> str:

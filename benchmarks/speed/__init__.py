@@ -1,5 +1,5 @@
-"""The parts of ``benchmarks/throughput.py``: networks, methods, the loops to beat, measuring, scaling, report.
+"""The parts of ``benchmarks/throughput.py``.
 
-Nothing here imports torchvision or OpenOOD, and no weights are needed: speed does not depend on their values as long
-as activations and logits have the scale of a trained network's.
+No trained weights are needed: speed does not depend on their values as long as activations and logits have the scale
+of a trained network's. Torchvision is imported for its network only, OpenOOD not at all.
 """

@@ -29,18 +29,15 @@ class Counts:
 
 def count(call: Callable[[], object], device: torch.device) -> Counts:
     """The counts of one ``call``, which works on ``device``."""
-    mode = _Instrument()
-    if device.type != "cuda":
-        with mode:
-            call()
-        return Counts(mode.launches, mode.flops, mode.peak_bytes)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    with mode:
+    on_gpu, before = device.type == "cuda", 0
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with _Instrument() as mode:
         call()
-    torch.cuda.synchronize(device)
-    return Counts(mode.launches, mode.flops, torch.cuda.max_memory_allocated(device) - before)
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before if on_gpu else mode.peak_bytes
+    return Counts(mode.launches, mode.flops, peak_bytes)
 
 
 class _Instrument(TorchDispatchMode):  # type: ignore[no-untyped-call]

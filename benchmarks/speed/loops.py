@@ -1,14 +1,11 @@
 """S&I one split at a time: what the package is measured against, and checked by.
 
 Both loops know nothing of the package. A forward hook puts the perturbed activation in place of a split module's
-output, the rest of the network follows, and autograd differentiates it. They compute the same numbers:
-
-- the *naive* loop runs the whole network for every split and step, and no more backward passes than Eq. 9-13 need;
-- the *released* loop spends what the authors' release spends: the prefix once for every split, then for every step the
-  suffix and two backward passes, of the attributed function and of the cross-entropy, the last step's unused one
-  among them, both with ``create_graph=True``.
-
-Neither builds a graph of a prefix.
+output, the rest of the network follows, and autograd differentiates it, without a graph of the prefix. The *naive* loop
+runs the whole network for every split and step, and no more backward passes than Eq. 9-13 need. The *released* loop
+spends what the authors' release spends: the prefix once for every split, then for every step the suffix and two
+backward passes, of the attributed function and of the cross-entropy, the last step's unused one among them, both with
+``create_graph=True``. They compute the same numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +22,11 @@ from torch import Tensor, nn
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From logits (B, classes) and F (B, K, R, S) to the sum over images of what is differentiated."""
 
+STEP_SIZE = 1e-3  # eta of Eq. 9
+
 
 @dataclass(frozen=True)
-class Options:
+class SandIOptions:
     """The options of ``SandI`` that are timed, under the same names."""
 
     variant: Literal["Z", "A"] = "Z"
@@ -37,54 +36,47 @@ class Options:
 
 
 class SplitLoop:
-    """Predictions and scores of S&I, by a loop over the split points.
+    """Predictions and scores of S&I on a network in eval mode, by a loop over the split points.
 
     Args:
-        net: a network in eval mode.
-        splits: names of modules of it that return tensors (B, K, R, S).
+        splits: names of modules of ``net`` that return tensors (B, K, R, S).
         feature: the name of the module whose output is F; variant Z has no use for it.
         released: whether to spend what the release spends; False for the naive loop.
-        step_size: eta of Eq. 9.
     """
 
     def __init__(
         self,
         net: nn.Module,
         splits: Sequence[str],
-        options: Options,
+        options: SandIOptions,
         *,
         feature: str | None = None,
         released: bool = False,
-        step_size: float = 1e-3,
     ) -> None:
         if options.variant == "A" and feature is None:
             raise ValueError("variant A needs a feature: the name of the module whose output is F")
         self._net, self._splits, self._options = net, splits, options
         self._feature = feature if options.variant == "A" else None
-        self._released, self._step_size = released, step_size
+        self._released = released
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes (B,) and tau (B,), Eq. 14, of images (B, C, H, W)."""
-        pred = self._predict(images)
-        densities = self._densities(images, pred)
+        pred, densities = self._densities(images)
         return pred, torch.cat(list(densities.values()), dim=1).square().sum(1).sqrt()
 
     def densities(self, images: Tensor) -> dict[str, Tensor]:
         """{split: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64."""
-        return self._densities(images, self._predict(images))
+        return self._densities(images)[1]
 
-    @torch.no_grad()
-    def _predict(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._net(images)
-        return logits.argmax(1)
-
-    def _densities(self, images: Tensor, pred: Tensor) -> dict[str, Tensor]:
+    def _densities(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            pred = self._net(images).argmax(1)
         attributed = self._attributed(images)
         found = {split: self._reduce(self._path(images, split, loss, pred)) for split, loss in attributed.items()}
         if self._feature is not None:
             output = found.pop(self._feature).mean(1, keepdim=True).sqrt()
             found = {split: inner / output for split, inner in found.items()}
-        return found
+        return pred, found
 
     def _attributed(self, images: Tensor) -> dict[str, Loss]:
         """What is differentiated at each split, and, for A, at F."""
@@ -117,7 +109,7 @@ class SplitLoop:
             if takes_step:
                 loss = F.cross_entropy(logits, pred, reduction="sum")
                 (ascent,) = torch.autograd.grad(loss, leaf, create_graph=self._released)
-                z = leaf.detach() + self._step_size * ascent.detach().sign()
+                z = leaf.detach() + STEP_SIZE * ascent.detach().sign()
         return gradients
 
     def _run(
@@ -152,8 +144,7 @@ class SplitLoop:
     def _reduce(self, gradients: Sequence[Tensor]) -> Tensor:
         """(B, K) in float64: Eq. 11's share of non-zero gradients for Z, the mean gradient's size for A."""
         if self._options.variant == "A":
-            means = [gradient.mean((2, 3)).double() for gradient in gradients]
-            return torch.stack(means).mean(0).abs()
+            return torch.stack([gradient.mean((2, 3)).double() for gradient in gradients]).mean(0).abs()
         patterns = torch.stack([gradient != 0 for gradient in gradients])
         combined = {"count": patterns, "union": patterns.any(0), "intersection": patterns.all(0)}
         share = combined[self._options.combine].double().mean((-2, -1))
@@ -175,21 +166,19 @@ class Prefix:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Within it, a pass of the network fills the memory or, once that is complete, draws on it."""
+        handles = []
         if self.complete:
             for layer, outputs in self._outputs.items():
                 _answer_with(layer, outputs)
-            try:
-                yield
-            finally:
-                for layer in self._outputs:
-                    del layer.forward  # the instance's; the class's shows again
         else:
             handles = [layer.register_forward_hook(self._keep) for layer in self._layers]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self._layers:
+                vars(layer).pop("forward", None)  # the instance's; the class's shows again
 
     def _keep(self, layer: nn.Module, args: object, output: Tensor) -> None:
         if not self.complete:

@@ -1,21 +1,84 @@
-"""One method on one network: its cost, counts, and agreement with the naive loop."""
+"""What is timed: one method on one network, its cost, counts, and agreement with the naive loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from comparison.cost import measure
-from torch import Tensor
+from comparison.environment import free_memory
+from torch import Tensor, nn
 
 from openood_sandi import SandI
-from openood_sandi.engine.memory import free_memory
 
 from .instrument import Counts, count
-from .loops import Options, SplitLoop
-from .methods import METHODS, Job
-from .networks import Network
+from .loops import SandIOptions, SplitLoop
+from .networks import TimedNetwork
+
+Job = Callable[[Tensor], object]
+"""Takes images (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class TimedMethod:
+    """One row of the table for each network.
+
+    Attributes:
+        kind: what runs: a forward pass without and with a graph, MSP, SandI with and without its rectifier shortcut,
+            the naive and the released loop of :mod:`.loops`.
+        options: what of S&I is computed.
+        slow: whether it is timed on a small batch for a few turns.
+    """
+
+    kind: Literal["forward", "kept", "msp", "sandi", "exact", "naive", "released"]
+    options: SandIOptions | None = None
+    slow: bool = False
+
+    def applies(self, network: TimedNetwork) -> bool:
+        """Whether the network uses this variant of S&I."""
+        return self.options is None or self.options.variant == network.variant
+
+    def job(self, net: nn.Module, splits: Sequence[str], feature: str | None) -> Job | SandI | SplitLoop:
+        """The method at work on ``net``; of S&I, an object that also tells its densities."""
+        if self.kind == "forward":
+            return torch.no_grad()(net.forward)
+        if self.kind == "kept":
+            return net
+        if self.kind == "msp":  # Hendrycks and Gimpel, ICLR 2017: the detector that costs a forward pass
+            return torch.no_grad()(lambda images: net(images).softmax(dim=1).max(dim=1))
+        assert self.options is not None
+        if self.kind in ("naive", "released"):
+            return SplitLoop(net, splits, self.options, feature=feature, released=self.kind == "released")
+        return SandI(
+            net,
+            splits=list(splits),
+            feature=feature or "auto",
+            rectifier_shortcut=self.kind == "sandi",
+            **asdict(self.options),
+        )
+
+
+Z, A = SandIOptions("Z"), SandIOptions("A")
+METHODS: dict[str, TimedMethod] = {
+    "forward": TimedMethod("forward"),
+    "kept": TimedMethod("kept"),
+    "msp": TimedMethod("msp"),
+    "gaia-z": TimedMethod("sandi", SandIOptions("Z", steps=1)),
+    "sandi-z-union": TimedMethod("sandi", SandIOptions("Z", combine="union")),
+    "sandi-z": TimedMethod("sandi", Z),
+    "sandi-z-intersection": TimedMethod("sandi", SandIOptions("Z", combine="intersection")),
+    "sandi-z-exact": TimedMethod("exact", Z, slow=True),
+    "naive-z": TimedMethod("naive", Z, slow=True),
+    "released-z": TimedMethod("released", Z, slow=True),
+    "sandi-z-t5": TimedMethod("sandi", SandIOptions("Z", steps=5), slow=True),
+    "gaia-a": TimedMethod("sandi", SandIOptions("A", steps=1, top_fraction=1.0)),
+    "sandi-a": TimedMethod("sandi", A),
+    "naive-a": TimedMethod("naive", A, slow=True),
+    "released-a": TimedMethod("released", A, slow=True),
+}
+
 
 CHECKED = 2
 """How many images the naive loop's scores are compared on."""
@@ -45,72 +108,46 @@ class Setting:
         return min(self.turns, max(3, self.turns // 3)) if METHODS[method].slow else self.turns
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A row of the table. Quartiles are of the ratios of single turns."""
-
-    network: str
-    splits: int
-    method: str
-    batch: int
-    turns: int
-    forwards: float
-    forwards_q1: float
-    forwards_q3: float
-    images_per_second: float
-    flops: float
-    """In plain forward passes."""
-    launches: int
-    peak_bytes: int
-    peak_of_kept: float
-    """Peak memory over that of a forward pass that keeps its activations for a backward pass."""
-    peak_of_free: float
-    """Peak memory over what was free before."""
-    differing_counts: int | None
-    """How many channels' counts differ from the naive loop's, in Z."""
-    score_difference: float | None
-    """The largest relative difference of tau from the naive loop's."""
-
-
 class Bench:
     """One network on one device, measured method by method."""
 
-    def __init__(self, name: str, network: Network, setting: Setting) -> None:
+    def __init__(self, name: str, network: TimedNetwork, setting: Setting) -> None:
         self._name, self._network, self._setting = name, network, setting
         self._net = network.build(setting.width, setting.seed).to(setting.device)
         self._splits = network.splits(self._net, setting.splits)
         self._plain: dict[int, tuple[Counts, Counts]] = {}
-        self._expected: dict[Options, dict[str, Tensor]] = {}
+        self._expected: dict[SandIOptions, dict[str, Tensor]] = {}
 
-    def measure(self, method: str, batch: int) -> Measurement:
-        """The ``method`` on ``batch`` images."""
-        setting = self._setting
-        images = self._images(batch)
-        job = METHODS[method].job(self._net, self._splits, self._network.paper.feature)
+    def measure(self, method: str, batch: int) -> dict[str, Any]:
+        """A row of the table: the ``method`` on ``batch`` images, quartiles being those of the ratios of single turns.
+
+        Floating point operations ``flops`` are in plain forward passes. ``peak_of_kept`` is the peak memory over that
+        of a forward pass that keeps its activations for a backward pass, ``peak_of_free`` over what was free before;
+        ``differing_counts`` and ``score_difference`` are those of :func:`differences` from the naive loop.
+        """
+        setting, images = self._setting, self._images(batch)
+        job = METHODS[method].job(self._net, self._splits, self._network.architecture.paper_feature)
         turns = setting.turns_of(method)
         cost = measure(self._net, job, images, turns=turns, clock=setting.clock)
         free = free_memory(setting.device)
         counts = count(lambda: job(images), setting.device)
         forward, kept = self._plain_counts(batch)
         differing_counts, score_difference = self._agreement(method, job)
-        return Measurement(
-            network=self._name,
-            splits=len(self._splits),
-            method=method,
-            batch=batch,
-            turns=turns,
-            forwards=cost.forwards[1],
-            forwards_q1=cost.forwards[0],
-            forwards_q3=cost.forwards[2],
-            images_per_second=cost.images_per_second,
-            flops=counts.flops / forward.flops,
-            launches=counts.launches,
-            peak_bytes=counts.peak_bytes,
-            peak_of_kept=counts.peak_bytes / kept.peak_bytes,
-            peak_of_free=counts.peak_bytes / free,
-            differing_counts=differing_counts,
-            score_difference=score_difference,
-        )
+        return {
+            "network": self._name,
+            "splits": len(self._splits),
+            "method": method,
+            "batch": batch,
+            "turns": turns,
+            **cost.columns(),
+            "flops": counts.flops / forward.flops,
+            "launches": counts.launches,
+            "peak_bytes": counts.peak_bytes,
+            "peak_of_kept": counts.peak_bytes / kept.peak_bytes,
+            "peak_of_free": counts.peak_bytes / free,
+            "differing_counts": differing_counts,
+            "score_difference": score_difference,
+        }
 
     def _images(self, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._setting.seed)
@@ -133,7 +170,7 @@ class Bench:
             return None, None
         images = self._images(CHECKED)
         if options not in self._expected:
-            loop = SplitLoop(self._net, self._splits, options, feature=self._network.paper.feature)
+            loop = SplitLoop(self._net, self._splits, options, feature=self._network.architecture.paper_feature)
             self._expected[options] = loop.densities(images)
         return differences(job.densities(images), self._expected[options], options.variant)
 

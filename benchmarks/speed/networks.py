@@ -1,76 +1,93 @@
-"""The networks that are timed, and the paper's split points on them."""
+"""The networks that are timed: the catalogue's at any width, with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from networks.cifar import CifarResNet, WideResNet
-from networks.imagenet import BitResNet, ImageNetResNet
-from networks.paper import NORMS, SPLITS, Splits, norms
+from networks.catalogue import ARCHITECTURES, NORMS, Architecture, norms
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Network:
+class TimedNetwork:
     """An architecture, and how the paper applies S&I to it.
 
-    Attributes:
-        title: what papers call it.
-        make: from a factor, by which every number of channels is multiplied, to the network.
-        image_size: height and width in pixels.
-        variant: the one the paper uses for this size of label space.
-        paper: where the paper splits it.
+    The images have ``image_size`` pixels each way; the ``variant`` is the one the paper uses for so many classes.
     """
 
-    title: str
-    make: Callable[[float], nn.Module]
+    architecture: Architecture
     image_size: int
     variant: Literal["Z", "A"]
-    paper: Splits
+
+    @property
+    def classes(self) -> int:
+        """Of CIFAR-100 or of ImageNet."""
+        return 100 if self.variant == "Z" else 1000
 
     def splits(self, net: nn.Module, preset: str) -> list[str]:
         """The ``preset`` "paper", or "norms": what ``SandI`` itself would choose, which for A is the same."""
-        return norms(net) if preset == "norms" and self.variant == "Z" else self.paper.names(net)
+        return norms(net) if preset == "norms" and self.variant == "Z" else self.architecture.paper_splits(net)
 
     def build(self, width: float = 1.0, seed: int = 0) -> nn.Module:
-        """The network in eval mode, in float32 on the CPU, with seeded random weights (see :func:`randomise`)."""
+        """The network in eval mode, in float32 on the CPU, with seeded random weights (see :func:`randomise`).
+
+        Every number of channels is multiplied by ``width``. No rectifier works in place, as the loops need.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = self.make(width)
+            net = self.architecture.make(self.classes)
+            narrow(net, width)
             randomise(net, torch.randn(8, 3, self.image_size, self.image_size))
         return net
 
 
-def scaled(channels: int, width: float) -> int:
-    return max(1, round(channels * width))
+def out_of_place(classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) -> nn.Module:
+    """Torchvision's ResNet-50 without its addition in place, to which a leaf of autograd's must not come."""
+    from torchvision.models import resnet
+
+    class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+            shortcut = x if self.downsample is None else self.downsample(x)
+            result: Tensor = self.relu(self.bn3(self.conv3(out)) + shortcut)
+            return result
+
+    net: nn.Module = resnet.ResNet(Bottleneck, list(blocks), num_classes=classes)
+    return net
 
 
-def cifar_resnet(*blocks: int) -> Callable[[float], nn.Module]:
-    return lambda width: CifarResNet(blocks, [scaled(channels, width) for channels in (64, 128, 256, 512)])
-
-
-NETWORKS: dict[str, Network] = {
-    "resnet18": Network("ResNet-18", cifar_resnet(2, 2, 2, 2), 32, "Z", SPLITS["resnet18_32x32"]),
-    "resnet34": Network("ResNet-34", cifar_resnet(3, 4, 6, 3), 32, "Z", SPLITS["resnet34"]),
-    "wrn40-2": Network("WRN-40-2", lambda width: WideResNet(40, 2, base=scaled(16, width)), 32, "Z", SPLITS["wrn40-2"]),
-    "bit-s-r101x1": Network(
-        "BiT-S-R101x1",
-        lambda width: BitResNet((3, 4, 23, 3), base=scaled(64, width)),
-        224,
-        "A",
-        SPLITS["bit-s-r101x1"],
-    ),
-    "resnet50": Network(
-        "ResNet-50",
-        lambda width: ImageNetResNet((3, 4, 6, 3), base=scaled(64, width)),
-        224,
-        "A",
-        SPLITS["resnet50"],
-    ),
+NETWORKS: dict[str, TimedNetwork] = {
+    "resnet18": TimedNetwork(ARCHITECTURES["resnet18_32x32"], 32, "Z"),
+    "resnet34": TimedNetwork(ARCHITECTURES["resnet34"], 32, "Z"),
+    "wrn40-2": TimedNetwork(ARCHITECTURES["wrn40-2"], 32, "Z"),
+    "bit-s-r101x1": TimedNetwork(ARCHITECTURES["bit-s-r101x1"], 224, "A"),
+    "resnet50": TimedNetwork(replace(ARCHITECTURES["resnet50"], make=out_of_place), 224, "A"),
 }
+
+
+def narrow(net: nn.Module, width: float) -> None:
+    """Multiply every number of channels but those of images and logits by ``width``; weights are made anew."""
+
+    def scaled(channels: int) -> int:
+        return max(1, round(channels * width)) if channels > 3 else channels
+
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, *NORMS))]
+    for layer in layers if width != 1 else ():
+        if isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
+            channels = scaled(len(layer.weight))
+            groups = [math.gcd(32, channels)] if isinstance(layer, nn.GroupNorm) else []
+            layer.__init__(*groups, channels)  # type: ignore[misc]
+        else:
+            before, after = scaled(layer.weight.shape[1]), len(layer.weight)
+            after = after if layer is layers[-1] else scaled(after)
+            layer.weight = nn.Parameter(torch.empty(after, before, *layer.weight.shape[2:]))
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
 
 
 @torch.no_grad()

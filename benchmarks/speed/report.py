@@ -1,20 +1,18 @@
-"""Measurements against their goals, as a table on the screen, and as CSV, Markdown and JSON in a folder."""
+"""Measurements as a table on the screen, and as CSV, Markdown, JSON and pictures in a folder."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from comparison.files import replace
-from comparison.report import markdown
+from comparison.environment import described
+from comparison.files import markdown, replace, save_figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from .measuring import Measurement
-from .methods import METHODS
 from .networks import NETWORKS
 
 LEGEND = """\
@@ -22,11 +20,10 @@ LEGEND = """\
 - of MSP: share of MSP's images/s at that batch size, by the ratio of their forwards.
 - FLOPs: floating point operations of convolutions and matrix products over those of a plain forward pass.
 - launches: ATen operators that ran, those that only make a view left out.
-- peak: most memory held at one time beyond weights and images; /kept: over that of the method "kept". On a CPU, of
-  tensors: what an operator takes and returns while it runs is not seen.
+- peak: most memory held at one time beyond weights and images; /kept: over that of the method "kept"; /free: over what
+  was free. On a CPU, of tensors: what an operator takes and returns while it runs is not seen.
 - counts differing, tau difference: from the naive loop, on a few images: channels whose count of non-zero gradients is
   another (Z), and the largest relative difference of scores.
-- goal: the most it should cost, as time in forwards or as peak /kept, or the least share of MSP's images/s.
 
 Methods: forward = the plain forward pass against itself (what differs from 1 is noise); kept = a forward pass with the
 autograd graph for gradients of the weights; gaia-z, gaia-a, sandi-z (count, union, intersection; T=2), sandi-z-t5
@@ -34,90 +31,57 @@ autograd graph for gradients of the weights; gaia-z, gaia-a, sandi-z (count, uni
 split at a time by a hook and whole forward passes; released = what the authors' release spends: one split at a time,
 its prefix once, then the suffix and two create_graph backward passes for each step."""
 
-
-FREE_SHARE = 0.6
-"""The most of the free memory that ``SandI`` should hold with its defaults."""
-
-
-def table(measurements: Sequence[Measurement], on_gpu: bool) -> pd.DataFrame:
-    """One row for each measurement at full precision, with what follows from its goals and from MSP's row."""
-    msp = {(m.network, m.batch): m.forwards for m in measurements if m.method == "msp"}
-    largest = {network: max(m.batch for m in measurements if m.network == network) for network, _ in msp}
-    rows = []
-    for m in measurements:
-        share = msp.get((m.network, m.batch), math.nan) / m.forwards
-        judged = on_gpu and m.batch == largest.get(m.network)
-        goals = _goals(m, share if judged else None)
-        verdict = {"goal": "; ".join(text for text, _ in goals), "met": _verdict(goals)}
-        rows.append({**asdict(m), "of_msp": share, **verdict})
-    frame = pd.DataFrame(rows)
-    return frame.astype({"differing_counts": "Int64", "score_difference": "float"}) if rows else frame
+COLUMNS = {
+    "method": ("method", "{}"),
+    "batch": ("batch", "{:d}"),
+    "forwards": ("forwards", "{:.2f}"),
+    "(Q1-Q3)": ("spread", "{}"),
+    "images/s": ("images_per_second", "{:.3g}"),
+    "of MSP": ("of_msp", "{:.0%}"),
+    "FLOPs": ("flops", "{:.2f}"),
+    "launches": ("launches", "{:d}"),
+    "peak MiB": ("peak_mib", "{:.1f}"),
+    "/kept": ("peak_of_kept", "{:.2f}"),
+    "/free": ("peak_of_free", "{:.2%}"),
+    "counts differing": ("differing_counts", "{:d}"),
+    "tau difference": ("score_difference", "{:.1g}"),
+}
+"""By the readable table's column, the full table's and its format."""
 
 
-def _goals(m: Measurement, share: float | None) -> list[tuple[str, bool]]:
-    goal = METHODS[m.method].goal
-    found = []
-    if goal.forwards is not None:
-        found.append((f"<= {goal.forwards:g} forwards", m.forwards <= goal.forwards))
-    if goal.of_arithmetic is not None:
-        limit = goal.of_arithmetic * m.flops
-        found.append((f"<= {goal.of_arithmetic:g} x FLOPs = {limit:.0f} forwards", m.forwards <= limit))
-    if goal.memory is not None:
-        found.append((f"<= {goal.memory:g} kept", m.peak_of_kept <= goal.memory))
-    if goal.of_msp is not None and share is not None:
-        found.append((f">= {goal.of_msp:.0%} of MSP", share >= goal.of_msp))
-    return found
-
-
-def _verdict(goals: list[tuple[str, bool]]) -> str:
-    return ", ".join("yes" if met else "no" for _, met in goals)
+def table(measurements: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each measurement at full precision, beside MSP's row of the same network and batch size."""
+    frame = pd.DataFrame(measurements)
+    if frame.empty:
+        return frame
+    place = ["network", "batch"]
+    msp = frame[frame["method"] == "msp"].set_index(place)["forwards"]
+    frame["of_msp"] = msp.reindex(pd.MultiIndex.from_frame(frame[place])).to_numpy() / frame["forwards"]
+    return frame.astype({"differing_counts": "Int64", "score_difference": "float"})
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
     """The table with few columns and few digits, all text."""
-
-    def text(column: str, pattern: str) -> pd.Series[str]:
-        return frame[column].map(lambda value: "" if pd.isna(value) else pattern.format(value))
-
-    return pd.DataFrame(
-        {
-            "network (splits)": [
-                f"{NETWORKS[name].title} ({splits})"
-                for name, splits in zip(frame["network"], frame["splits"], strict=True)
-            ],
-            "method": frame["method"],
-            "batch": text("batch", "{:d}"),
-            "forwards": text("forwards", "{:.2f}"),
-            "(Q1-Q3)": text("forwards_q1", "{:.2f}") + "-" + text("forwards_q3", "{:.2f}"),
-            "images/s": text("images_per_second", "{:.3g}"),
-            "of MSP": text("of_msp", "{:.0%}"),
-            "FLOPs": text("flops", "{:.2f}"),
-            "launches": text("launches", "{:d}"),
-            "peak MiB": (frame["peak_bytes"] / 2**20).map("{:.1f}".format),
-            "/kept": text("peak_of_kept", "{:.2f}"),
-            "counts differing": text("differing_counts", "{:d}"),
-            "tau difference": text("score_difference", "{:.1g}"),
-            "goal": frame["goal"],
-            "met": frame["met"],
-        }
+    quartiles = zip(frame["forwards_q1"], frame["forwards_q3"], strict=True)
+    frame = frame.assign(
+        spread=[f"{low:.2f}-{high:.2f}" for low, high in quartiles], peak_mib=frame["peak_bytes"] / 2**20
     )
+    titles = frame["network"].map(lambda name: NETWORKS[name].architecture.title)
+    text = {"network (splits)": titles + " (" + frame["splits"].astype(str) + ")"}
+    for name, (column, pattern) in COLUMNS.items():
+        text[name] = pd.Series(["" if pd.isna(value) else pattern.format(value) for value in frame[column]])
+    return pd.DataFrame(text)
 
 
 def screen(frame: pd.DataFrame) -> str:
     """The table for a terminal, one block for each network."""
-    rows = readable(frame)
-    blocks = []
-    for network, block in rows.groupby("network (splits)", sort=False):
-        blocks.append(f"{network}\n{block.drop(columns='network (splits)').to_string(index=False)}")
-    return "\n\n".join(blocks)
+    blocks = readable(frame).set_index("network (splits)").groupby(level=0, sort=False)
+    return "\n\n".join(f"{network}\n{block.to_string(index=False)}" for network, block in blocks)
 
 
 def heading(run: dict[str, Any]) -> str:
     """How the results were made, in a sentence or two."""
-    hardware = run["hardware"]
-    where = hardware["processor"] if hardware["device"] == "cpu" else hardware["device"]
-    made = f"Made by `{run['command']}` on {where}, {hardware['torch_threads']} CPU thread(s), "
-    made += f"torch {run['versions']['torch']}, float32; "
+    made = f"Made by `{run['command']}` on {described(run['hardware'])}, torch {run['versions']['torch']}, float32; "
     chosen = {"paper": "the paper's split points", "norms": "Z split at the normalisation layers"}
     made += f"{chosen[run['splits']]}."
     if run["width"] != 1:
@@ -125,30 +89,18 @@ def heading(run: dict[str, Any]) -> str:
     return made
 
 
-def memory(frame: pd.DataFrame) -> str:
-    """The goal that concerns all of SandI's rows together."""
-    ours = frame[[METHODS[method].kind in ("sandi", "exact") for method in frame["method"]]]
-    if ours.empty:
-        return "SandI was not among the methods."
-    share = ours["peak_of_free"].max()
-    verdict = "met" if share <= FREE_SHARE else "missed"
-    return f"SandI's peak memory was {share:.2%} of what was free, or less (goal: at most {FREE_SHARE:.0%}, {verdict})."
-
-
 def write(folder: Path, frame: pd.DataFrame, sweeps: dict[str, pd.DataFrame], run: dict[str, Any]) -> None:
-    """Write ``throughput.csv``, ``.md`` and ``.json``; ``run`` says how the results were made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``throughput.csv``, ``.md`` and ``.json``, and pictures; ``run`` says how the results were made."""
     sections = ["# What S&I costs", heading(run) + " Everything else about the run is in `throughput.json`."]
     if len(frame):
-        sections += [markdown(readable(frame)), memory(frame), LEGEND, "![time of every method](cost.png)"]
+        sections += [markdown(readable(frame)), LEGEND, "![time of every method](cost.png)"]
         replace(folder / "throughput.csv", frame.to_csv(index=False))
+        _draw_costs(folder / "cost.png", frame)
     for name, sweep in sweeps.items():
-        sections += [
-            f"## Cost against {name}",
-            f"Otherwise: {run['sweeps']}.",
-            f"![cost against {name}](scaling_{file_name(name)}.png)",
-        ]
-        replace(folder / f"scaling_{file_name(name)}.csv", sweep.to_csv(index=False))
+        stem = f"scaling_{name.replace(' ', '_')}"
+        sections += [f"## Cost against {name}", f"Otherwise: {run['sweeps']}.", f"![cost against {name}]({stem}.png)"]
+        replace(folder / f"{stem}.csv", sweep.to_csv(index=False))
+        _draw_sweep(folder / f"{stem}.png", name, sweep)
     record = {
         **run,
         "results": json.loads(frame.to_json(orient="records", double_precision=15)),
@@ -158,5 +110,45 @@ def write(folder: Path, frame: pd.DataFrame, sweeps: dict[str, pd.DataFrame], ru
     replace(folder / "throughput.json", json.dumps(record, indent=2) + "\n")
 
 
-def file_name(sweep: str) -> str:
-    return sweep.replace(" ", "_")
+def _draw_costs(path: Path, frame: pd.DataFrame) -> None:
+    """Time of every method in forwards with its quartiles, and its FLOPs: a panel for each network."""
+    networks = list(frame["network"].unique())
+    figure = Figure(figsize=(4.2 * len(networks), 4.6), layout="constrained")
+    for panel, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        rows = frame[frame["network"] == network].sort_values("batch", kind="stable")
+        rows = rows.drop_duplicates("method", keep="last")  # of several batch sizes the largest
+        rows = rows.sort_index(ascending=False).reset_index(drop=True)
+        spread = [rows["forwards"] - rows["forwards_q1"], rows["forwards_q3"] - rows["forwards"]]
+        bars = panel.barh(rows["method"] + ", batch " + rows["batch"].astype(str), rows["forwards"], xerr=spread)
+        panel.bar_label(bars, fmt="%.3g", padding=5, fontsize=8)
+        panel.plot(rows["flops"], rows.index, "k|", markersize=11, label="FLOPs, in forwards")
+        panel.set_title(f"{NETWORKS[network].architecture.title}, {rows['splits'].iloc[0]} splits", fontsize=10)
+        panel.set(xlim=(0.5, 4 * rows[["forwards", "flops"]].max(axis=None)), xlabel="time in plain forward passes")
+        _logarithmic(panel, "x")
+        panel.tick_params(labelsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_sweep(path: Path, name: str, sweep: pd.DataFrame) -> None:
+    """Time in forwards with its quartiles against the quantity swept, FLOPs dashed."""
+    figure = Figure(figsize=(5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method, rows in sweep.groupby("method", sort=False):
+        (line,) = axes.plot(rows["value"], rows["forwards"], marker="o", label=method)
+        axes.fill_between(rows["value"], rows["forwards_q1"], rows["forwards_q3"], color=line.get_color(), alpha=0.2)
+        axes.plot(rows["value"], rows["flops"], "--", linewidth=1, color=line.get_color())
+    axes.plot([], [], "k--", linewidth=1, label="FLOPs, in forwards")
+    axes.set(xlabel=name, ylabel="time in plain forward passes", xticks=sorted(set(sweep["value"])))
+    _logarithmic(axes, "y")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    """Such a scale on the axis "x" or "y", with plain numbers."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axes.spines[["top", "right"]].set_visible(False)

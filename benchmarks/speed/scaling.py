@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from comparison.cost import measure
+from networks.catalogue import norms
 from networks.cifar import CifarResNet
-from networks.paper import norms
 
 from openood_sandi import SandI
 
 from .instrument import count
-from .loops import Options, SplitLoop
-from .measuring import Setting
-from .methods import Job
-from .networks import randomise, scaled
+from .loops import SandIOptions, SplitLoop
+from .measuring import Job, Setting
+from .networks import narrow, randomise
 
 BASE = "CIFAR ResNet-18, every normalisation layer a split, T = 2, 32 pixels"
 """What :class:`Point` stands for as it is."""
@@ -49,26 +49,12 @@ def sweeps(batch: int, quick: bool) -> dict[str, list[tuple[int, Point]]]:
     return {name: points[:: len(points) - 1] if quick else points for name, points in found.items()}
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """One method at one point."""
-
-    sweep: str
-    value: int
-    method: str
-    forwards: float
-    forwards_q1: float
-    forwards_q3: float
-    images_per_second: float
-    flops: float
-
-
-def measure_point(sweep: str, value: int, point: Point, setting: Setting) -> list[Scaled]:
-    """Every method at a point, on the ``setting``'s device and with its width."""
+def measure_point(value: int, point: Point, setting: Setting) -> list[dict[str, Any]]:
+    """A row of the sweep's table for every method at a point, on the ``setting``'s device and with its width."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        widths = [scaled(channels, setting.width) for channels in (64, 128, 256, 512)]
-        net = CifarResNet([point.blocks] * 4, widths)
+        net = CifarResNet([point.blocks] * 4)
+        narrow(net, setting.width)
         randomise(net, torch.randn(8, 3, point.size, point.size))
         images = torch.randn(point.batch, 3, point.size, point.size)
     net, images = net.to(setting.device), images.to(setting.device)
@@ -76,7 +62,7 @@ def measure_point(sweep: str, value: int, point: Point, setting: Setting) -> lis
     jobs: dict[str, Job] = {
         "sandi-z": SandI(net, variant="Z", splits=splits, steps=point.steps),
         "sandi-z-exact": SandI(net, variant="Z", splits=splits, steps=point.steps, rectifier_shortcut=False),
-        "naive-z": SplitLoop(net, splits, Options(steps=point.steps)),
+        "naive-z": SplitLoop(net, splits, SandIOptions(steps=point.steps)),
     }
     with torch.no_grad():
         plain = count(lambda: net(images), setting.device)
@@ -84,8 +70,7 @@ def measure_point(sweep: str, value: int, point: Point, setting: Setting) -> lis
     for method, job in jobs.items():
         cost = measure(net, job, images, turns=setting.turns_of(method), clock=setting.clock)
         flops = count(partial(job, images), setting.device).flops / plain.flops
-        lower, median, upper = cost.forwards
-        found.append(Scaled(sweep, value, method, median, lower, upper, cost.images_per_second, flops))
+        found.append({"value": value, "method": method, **cost.columns(), "flops": flops})
     return found
 
 

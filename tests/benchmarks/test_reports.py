@@ -18,10 +18,9 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 
 import pandas as pd
-from comparison import bootstrap, heat_maps, leaderboard, paper_tables, pictures, report
-from comparison.cost import Cost
+from comparison import leaderboard, metrics, paper_tables, pictures, report
+from comparison.cost import Cost, Expense
 from comparison.evaluation import Failure, Outcome, Scored
-from comparison.expense import Expense
 from comparison.methods import Method, Scorer
 from comparison.methods.method import Library
 from comparison.metrics import detection
@@ -118,9 +117,9 @@ def test_the_table_has_the_metrics_of_the_scores_and_the_intervals_of_their_resa
     scored = known.outcomes["b"].scored
     rows = frame[frame["method"] == "b"].set_index(["group", "OOD set"])
     by_set, resampled = {}, {}
-    id_draws = bootstrap.draws(40, 30, 0, 0)
+    id_draws = metrics.draws(40, 30, 0, 0)
     for stratum, (name, group) in enumerate(GROUPS.items(), 1):
-        ood_draws = bootstrap.draws(COUNTS[name], 30, 0, stratum)
+        ood_draws = metrics.draws(COUNTS[name], 30, 0, stratum)
         pairs = zip(id_draws, ood_draws, strict=True)
         scores = scored[name].scores
         by_set[group, name] = np.array(astuple(detection(scored["known"].scores, scores)))
@@ -323,7 +322,7 @@ def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
     found = [outcome(name, at, forwards=1 + at % 3 / 50) for at, name in enumerate(names)]
     known = run(outcome("msp", 30), outcome("sandi-z", 31, forwards=5), *found, missing=MISSING)
     paths = pictures.draw(tmp_path, results([known], resamples=2), known)
-    paths.append(heat_maps.draw(tmp_path / "heat_maps.png", known.suite, torch.device("cpu")))
+    paths.append(pictures.heat_maps(tmp_path / "heat_maps.png", known.suite, torch.device("cpu")))
     assert [path.name for path in paths] == ["histograms.png", "roc.png", "cost_auroc.png", "heat_maps.png"]
     for path in paths:
         assert 5_000 < path.stat().st_size < 200_000

@@ -25,7 +25,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 import pandas as pd
 import side_by_side
-from comparison import cost, decoding, digits, expense, methods, training
+from comparison import cost, digits, evaluation, methods, training
 from comparison.metrics import detection
 from comparison.suite import Suite
 from comparison.table import FPR_OPENOOD, FPR_PAPER
@@ -66,13 +66,13 @@ def test_cost_is_scoring_time_over_forward_time(monkeypatch: pytest.MonkeyPatch,
 def test_a_damaged_measurement_is_made_again(tmp_path: Path, damage: bytes) -> None:
     scorers = iter([torch.relu, torch.abs])
 
-    def measured(key: str) -> expense.Expense:
+    def measured(key: str) -> cost.Expense:
         images = torch.ones(50, 3, 4, 4)
         device = torch.device("cpu")
-        return expense.Expenses(tmp_path).of({"key": key}, nn.Identity(), lambda: next(scorers), lambda: images, device)
+        return cost.kept_expense(tmp_path, {"key": key}, nn.Identity(), lambda: (next(scorers), images), device)
 
     first = measured("a")
-    assert first.batch_size == expense.CPU_BATCH and first.peak_bytes == 4 * 48 * expense.CPU_BATCH
+    assert first.batch_size == cost.CPU_BATCH and first.peak_bytes == 4 * 48 * cost.CPU_BATCH
     assert measured("a") == first
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage)
@@ -98,10 +98,10 @@ def test_images_are_decoded_once_for_all_where_they_fit(
             decoded[index] += 1
             return torch.full((1, 2, 2), float(index)), index
 
-    monkeypatch.setattr(decoding, "SHARE", share)
+    monkeypatch.setattr(evaluation, "SHARE", share)
     suite = load(0, None)
     images = dataclasses.replace(suite.in_distribution, dataset=Counting(), fingerprint="counting")
-    decoder = decoding.Decoder(batch_size=3, workers=0)
+    decoder = evaluation.Decoder(batch_size=3, workers=0)
     for _ in range(3):  # networks
         known = decoder.suite(dataclasses.replace(suite, in_distribution=images)).in_distribution
         decoded.clear() if not decoded[6] else None  # it looks at the first image's size
@@ -109,7 +109,7 @@ def test_images_are_decoded_once_for_all_where_they_fit(
         assert torch.equal(torch.cat([batch for batch, _ in batches])[:, 0, 0, 0], torch.arange(7.0))
         assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
     assert set(decoded.values()) == {times}
-    assert known.dataset.fingerprint == "counting"  # by which the score cache knows them
+    assert known.fingerprint == "counting"  # by which the score cache knows them
 
 
 # ---------------------------------------------------------------- the command

@@ -21,11 +21,10 @@ for module in ("pandas", "sklearn", "tqdm"):
 
 from comparison.methods import available, with_openood, with_pytorch_ood
 from comparison.methods.baselines import BASELINES
-from comparison.methods.network import Anatomy
+from comparison.methods.network import NetworkParts
 from comparison.suite import ImageSet, Suite, digest
 
-from tests.helpers import tiny_suite
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_suite
 
 TRAINING_IMAGES = 52  # KNN looks for the 50th neighbour
 CPU = torch.device("cpu")
@@ -199,7 +198,7 @@ def test_pytorch_ood_means_the_same(checkout: Path, name: str) -> None:
     pytest.importorskip("pytorch_ood", reason='pytorch-ood is missing; supply it by pip install -e ".[bench]"')
     data = tiny_suite.suite()
     ours, theirs = (
-        scored(library.offer(data, Anatomy(data))[0][name].build(data, CPU, 30), data)
+        scored(library.offer(data, NetworkParts(data))[0][name].build(data, CPU, 30), data)
         for library in (with_pytorch_ood, with_openood)
     )
     for (pred, conf), (own_pred, own_conf) in zip(ours, theirs, strict=True):

@@ -17,7 +17,7 @@ for module in ("sklearn", "matplotlib"):
 
 
 from comparison import sources
-from comparison.protocols import BENCHMARKS as OURS
+from comparison.image_lists import BENCHMARKS as OURS
 from comparison.suite import Suite
 from networks import checkpoints
 
@@ -106,7 +106,7 @@ def test_the_papers_networks_are_openoods(checkout: Path, name: str) -> None:
     from openood.networks.wrn import WideResNet
 
     theirs: nn.Module = WideResNet(40, 10, 2) if name == "wrn40-2" else KNOWN_MODELS["BiT-S-R101x1"](head_size=10)
-    ours = sources.catalogue.NETWORKS[name].make(10).eval()
+    ours = sources.catalogue.ARCHITECTURES[name].make(10).eval()
     checkpoints.load(ours, theirs.state_dict(), Path("file"))
     images = torch.randn(1, 3, 32, 32) if name == "wrn40-2" else torch.randn(1, 3, 64, 64)
     with torch.no_grad():

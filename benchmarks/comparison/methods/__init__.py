@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..suite import Suite
 from . import own, with_openood, with_pytorch_ood
 from .method import Method, Scorer
-from .network import Anatomy
+from .network import NetworkParts
 
 __all__ = ["DEFAULT", "Method", "Scorer", "available"]
 
@@ -22,18 +22,14 @@ DEFAULT = (
 
 def available(suite: Suite) -> tuple[dict[str, Method], dict[str, str]]:
     """The methods that can score the suite, by name, and why the others cannot."""
-    anatomy = Anatomy(suite)
+    parts = NetworkParts(suite)
     found: dict[str, Method] = {}
     reasons: dict[str, list[str]] = {}
     for library in (with_openood, with_pytorch_ood, own):
-        methods, absent = library.offer(suite, anatomy)
+        methods, absent = library.offer(suite, parts)
         for name, method in methods.items():
             found.setdefault(name, method)
         for name, reason in absent.items():
             reasons.setdefault(name, []).append(reason)
     absent = {name: "; ".join(dict.fromkeys(given)) for name, given in reasons.items() if name not in found}
-    return {name: found[name] for name in sorted(found, key=_place)}, absent
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (DEFAULT.index(name) if name in DEFAULT else len(DEFAULT)), name
+    return {name: found[name] for name in (*DEFAULT, *sorted(found)) if name in found}, absent

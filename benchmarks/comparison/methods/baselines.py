@@ -25,13 +25,18 @@ class Baseline:
     needs: tuple[Need, ...] = ()
 
 
+TEMPERATURES, NOISE = [1, 10, 100, 1000], [0.0014, 0.0028]
+SHARES = [65, 70, 75, 80, 85, 90, 95]
+GAMMAS, TOP = [0.01, 0.1, 0.5, 1, 2, 5, 10], [10, 50, 100, 200, 500, 1000]
+TRAINING: tuple[Need, ...] = ("head", "training")
+
 BASELINES = {
     "msp": Baseline("MSP", "Hendrycks and Gimpel, ICLR 2017"),
     "odin": Baseline(
         "ODIN",
         "Liang et al., ICLR 2018",
         {"temperature": 1000, "noise": 0.0014},
-        {"temperature": [1, 10, 100, 1000], "noise": [0.0014, 0.0028]},
+        {"temperature": TEMPERATURES, "noise": NOISE},
     ),
     "ebo": Baseline("energy", "Liu et al., NeurIPS 2020", {"temperature": 1}),
     "mls": Baseline("max logit", "Hendrycks et al., ICML 2022"),
@@ -46,38 +51,19 @@ BASELINES = {
     "rankfeat": Baseline(
         "RankFeat", "Song et al., NeurIPS 2022", {"accelerate": False, "temperature": 1}, needs=("head", "blocks")
     ),
-    "scale": Baseline(
-        "SCALE",
-        "Xu et al., ICLR 2024",
-        {"percentile": 85},
-        {"percentile": [65, 70, 75, 80, 85, 90, 95]},
-        ("head",),
-    ),
-    "ash": Baseline(
-        "ASH",
-        "Djurisic et al., ICLR 2023",
-        {"percentile": 90},
-        {"percentile": [65, 70, 75, 80, 85, 90, 95]},
-        ("head",),
-    ),
-    "gen": Baseline(
-        "GEN",
-        "Liu et al., CVPR 2023",
-        {"gamma": 0.1, "M": 100},
-        {"gamma": [0.01, 0.1, 0.5, 1, 2, 5, 10], "M": [10, 50, 100, 200, 500, 1000]},
-    ),
-    "knn": Baseline("KNN", "Sun et al., ICML 2022", {"K": 50}, {"K": [50, 100, 200, 500, 1000]}, ("head", "training")),
-    "vim": Baseline("ViM", "Wang et al., CVPR 2022", {"dim": 256}, {"dim": [256, 1000]}, ("head", "training")),
+    "scale": Baseline("SCALE", "Xu et al., ICLR 2024", {"percentile": 85}, {"percentile": SHARES}, ("head",)),
+    "ash": Baseline("ASH", "Djurisic et al., ICLR 2023", {"percentile": 90}, {"percentile": SHARES}, ("head",)),
+    "gen": Baseline("GEN", "Liu et al., CVPR 2023", {"gamma": 0.1, "M": 100}, {"gamma": GAMMAS, "M": TOP}),
+    "knn": Baseline("KNN", "Sun et al., ICML 2022", {"K": 50}, {"K": [50, 100, 200, 500, 1000]}, TRAINING),
+    "vim": Baseline("ViM", "Wang et al., CVPR 2022", {"dim": 256}, {"dim": [256, 1000]}, TRAINING),
     "fdbd": Baseline(
         "fDBD",
         "Liu and Qin, ICML 2024",
         {"distance_as_normalizer": True},
         {"distance_as_normalizer": [True, False]},
-        ("head", "training"),
+        TRAINING,
     ),
-    "nci": Baseline(
-        "NCI", "Liu and Qin, CVPR 2025", {"alpha": 0.0001}, {"alpha": [0.0001, 0.001, 0.01, 0.1]}, ("head", "training")
-    ),
+    "nci": Baseline("NCI", "Liu and Qin, CVPR 2025", {"alpha": 1e-4}, {"alpha": [1e-4, 1e-3, 0.01, 0.1]}, TRAINING),
 }
 
 

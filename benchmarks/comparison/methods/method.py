@@ -35,5 +35,3 @@ class Method:
     build: Callable[[Suite, torch.device, int], Scorer]
     """Binds it to the suite's network on a device. It may take as long as passes over training or validation images,
     in batches of the size given."""
-    slow: bool = False
-    """It takes tens of forward passes an image."""

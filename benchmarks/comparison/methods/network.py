@@ -18,38 +18,32 @@ from ..suite import ImageSet, Suite, digest
 from .baselines import BASELINES, Need, fitted
 
 
-class Anatomy:
-    """What a suite has of what methods need."""
+class NetworkParts:
+    """What a suite has of what methods need: the last layer, stages, and images other than those scored."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
-        self.image = _first_image(suite.in_distribution).to(next(suite.network.parameters()).device)
+        first: Tensor = suite.in_distribution.dataset[0][0]
+        self.image = first.unsqueeze(0).to(next(suite.network.parameters()).device)
         self.head: LinearHead | None = None
-        self._problems: dict[Need, str] = {}
+        self.fitted_on: dict[str, tuple[ImageSet, ...]] = {
+            "training": (suite.training,) if suite.training else (),
+            "validation": suite.validation or (),
+        }
+        self._problems: dict[str, str] = {
+            need: f"needs {need} images, which {suite.name} has none of here"
+            for need, images in self.fitted_on.items()
+            if not images
+        }
         try:
             self.head = Penultimate(suite.network).head(self.image)
             Blocks(suite.network, self.image)
         except ValueError as error:
-            self._problems["blocks"] = str(error)
-            if self.head is None:
-                self._problems["head"] = str(error)
-        if suite.training is None:
-            self._problems["training"] = f"needs training images, which {suite.name} has none of here"
-        if suite.validation is None:
-            self._problems["validation"] = f"needs validation images, which {suite.name} has none of here"
-
-    @property
-    def features(self) -> int | None:
-        """The size of the penultimate features, if there are any."""
-        return None if self.head is None else self.head.weight.shape[1]
-
-    @property
-    def channels(self) -> int:
-        return self.image.shape[1]
+            self._problems |= dict.fromkeys(["blocks"] if self.head else ["head", "blocks"], str(error))
 
     @property
     def training_images(self) -> int | None:
-        return None if self.suite.training is None else len(self.suite.training)
+        return len(self.suite.training) if self.suite.training else None
 
     def lacks(self, needs: Sequence[Need]) -> str | None:
         """Why a method with these needs cannot run; None if it can."""
@@ -57,29 +51,19 @@ class Anatomy:
 
     def options(self, name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         """Options and sweep of a baseline here."""
-        return fitted(name, self.features, self.training_images)
+        return fitted(name, self.head.weight.shape[1] if self.head else None, self.training_images)
 
     def cannot_run(self, name: str) -> str | None:
         """Why a baseline cannot run; None if it can."""
-        count = self.training_images
-        wanted = BASELINES[name].options.get("K", 0)
+        count, wanted = self.training_images, BASELINES[name].options.get("K", 0)
         if count is not None and count < wanted:
             return f"needs {wanted} training images, {self.suite.name} has {count} here"
         return self.lacks(BASELINES[name].needs)
 
     def fingerprints(self, needs: Sequence[Need]) -> dict[str, str]:
         """Of the images other than those scored that decide the scores of a method with these needs."""
-        found = {}
-        if "training" in needs and self.suite.training is not None:
-            found["training"] = self.suite.training.fingerprint
-        if "validation" in needs and self.suite.validation is not None:
-            found["validation"] = " ".join(images.fingerprint for images in self.suite.validation)
-        return found
-
-
-def _first_image(images: ImageSet) -> Tensor:
-    image: Tensor = images.dataset[0][0]
-    return image.unsqueeze(0)
+        found = {need: self.fitted_on.get(need, ()) for need in needs}
+        return {need: " ".join(part.fingerprint for part in images) for need, images in found.items() if images}
 
 
 class Blocks:
@@ -120,12 +104,11 @@ def _between(net: nn.Module, before: str, after: str) -> nn.Module:
     return module
 
 
+@torch.no_grad()
 def _turns(module: nn.Module, given: Tensor, expected: Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            return _close(module(given), expected)
-    except Exception:  # a module that takes something else may fail in any way
-        return False
+    with suppress(Exception):  # a module that takes something else may fail in any way
+        return _close(module(given), expected)
+    return False
 
 
 def mean_over_positions(maps: Tensor) -> Tensor:
@@ -142,9 +125,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def outputs_of(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of modules in a forward pass, copied, by name."""
     found: dict[str, Tensor] = {}
-    with hooked(
-        {name: net.get_submodule(name) for name in names}, lambda name, _, output: found.update({name: output.clone()})
-    ):
+    modules = {name: net.get_submodule(name) for name in names}
+    with hooked(modules, lambda name, _, output: found.update({name: output.clone()})):
         yield found
 
 
@@ -162,12 +144,7 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 
 class OpenOODNetwork(nn.Module):
-    """Any classifier with a linear last layer, with the methods that OpenOOD's networks have.
-
-    Args:
-        net: the classifier, in eval mode, on the device that it is used on.
-        x: images (B, C, H, W) to find its last layer with.
-    """
+    """Any classifier ``net`` with a linear last layer, found with ``x`` (B, C, H, W), as OpenOOD's networks are."""
 
     def __init__(self, net: nn.Module, x: Tensor) -> None:
         super().__init__()
@@ -207,33 +184,31 @@ class OpenOODNetwork(nn.Module):
         return self.fc
 
 
-class Remembering(nn.Module):
-    """A network in OpenOOD's form that computes every batch once, where no gradients are wanted.
+@contextmanager
+def remembering(net: nn.Module) -> Iterator[None]:
+    """Within it a network in OpenOOD's form computes every batch once, where no gradients are wanted.
 
     OpenOOD's search scores the validation images again for every value, though most methods ask the network for the
     same logits and features each time.
     """
+    compute = net.forward
+    known: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self._known: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
-
-    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
+    def forward(x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            result: Tensor = self.net(x)
+            result: Tensor = compute(x)
             return result
         asked = digest(x), return_feature
-        if asked not in self._known:
-            self._known[asked] = self.net(x, return_feature=True) if return_feature else (self.net(x),)
-        answer = tuple(tensor.clone() for tensor in self._known[asked])  # ASH writes into it
+        if asked not in known:
+            known[asked] = compute(x, return_feature=True) if return_feature else (compute(x),)
+        answer = tuple(tensor.clone() for tensor in known[asked])  # ASH writes into it
         return answer if return_feature else answer[0]
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.net, name)
+    net.forward = forward
+    try:
+        yield
+    finally:
+        del net.forward  # the instance's; the class's shows again
 
 
 def as_linear(head: LinearHead) -> nn.Linear:

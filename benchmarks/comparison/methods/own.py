@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from openood_sandi import SandI
-from openood_sandi.detectors.gsc import GradientShortCircuit
-from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
 
 from ..suite import Suite
 from .baselines import Need
 from .method import Method, Offer, Scorer
-from .network import Anatomy
+from .network import NetworkParts
 
-Build = Callable[..., Scorer]
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
 
@@ -41,60 +38,53 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sandi-z-union": ("S&I-Z, union", {**Z, "combine": "union"}),
     "sandi-z-intersection": ("S&I-Z, intersection", {**Z, "combine": "intersection"}),
     # how far to walk: the step sizes of the authors' additional results, and far greater ones
-    "sandi-z-eta0.0005": ("S&I-Z, step 0.0005", {**Z, "step_size": 0.0005}),
-    "sandi-z-eta0.0015": ("S&I-Z, step 0.0015", {**Z, "step_size": 0.0015}),
-    "sandi-z-eta0.002": ("S&I-Z, step 0.002", {**Z, "step_size": 0.002}),
-    "sandi-z-eta0.01": ("S&I-Z, step 0.01", {**Z, "step_size": 0.01}),
-    "sandi-z-eta0.1": ("S&I-Z, step 0.1", {**Z, "step_size": 0.1}),
-    "sandi-a-eta0.01": ("S&I-A, step 0.01", {**A, "step_size": 0.01}),
-    "sandi-a-eta0.1": ("S&I-A, step 0.1", {**A, "step_size": 0.1}),
-    "sandi-z-t3": ("S&I-Z, T=3", {**Z, "steps": 3}),
-    "sandi-z-t5": ("S&I-Z, T=5", {**Z, "steps": 5}),
-    "sandi-a-t3": ("S&I-A, T=3", {**A, "steps": 3}),
-    "sandi-a-t5": ("S&I-A, T=5", {**A, "steps": 5}),
+    **{
+        f"sandi-z-eta{eta}": (f"S&I-Z, step {eta}", {**Z, "step_size": eta})
+        for eta in (0.0005, 0.0015, 0.002, 0.01, 0.1)
+    },
+    **{f"sandi-a-eta{eta}": (f"S&I-A, step {eta}", {**A, "step_size": eta}) for eta in (0.01, 0.1)},
+    **{f"sandi-z-t{steps}": (f"S&I-Z, T={steps}", {**Z, "steps": steps}) for steps in (3, 5)},
+    **{f"sandi-a-t{steps}": (f"S&I-A, T={steps}", {**A, "steps": steps}) for steps in (3, 5)},
 }
 """Title and options of :class:`openood_sandi.SandI` by name."""
 
-SLOW = ("sandi-z-t3", "sandi-z-t5", "sandi-a-all", "sandi-a-t3", "sandi-a-t5")
-"""More than a few forward passes an image: suffixes are replayed for every step."""
 
-
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """All of them; where S&I finds no place to split a network, it says so when it scores."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
 
-    def add(name: str, title: str, build: Build, options: Mapping[str, Any], needs: tuple[Need, ...] = ()) -> None:
-        lacking = anatomy.lacks(needs)
+    def add(
+        name: str, title: str, detector: Callable[..., Any], options: Mapping[str, Any], needs: tuple[Need, ...] = ()
+    ) -> None:
+        lacking = parts.lacks(needs)
         if lacking:
             absent[name] = lacking
         else:
-            decisive = {**options, **anatomy.fingerprints(needs)}
-            bound = functools.partial(build, options=options)
-            methods[name] = Method(name, title, "openood-sandi", decisive, bound, slow=name in SLOW)
+            decisive = {**options, **parts.fingerprints(needs)}
+            bound = functools.partial(_build, detector=detector, options=options)
+            methods[name] = Method(name, title, "openood-sandi", decisive, bound)
 
     for name, (title, options) in SETTINGS.items():
-        add(name, title, _sandi, options)
+        add(name, title, SandI, options)
     for variant, options in (("Z", Z), ("A", A)):
         name = f"sandi-{variant.lower()}-paper"
         if suite.paper_splits:
             layers = {"splits": list(suite.paper_splits), "feature": suite.paper_feature or "auto"}
-            add(name, f"S&I-{variant}, the paper's layers", _sandi, {**options, **layers})
+            add(name, f"S&I-{variant}, the paper's layers", SandI, {**options, **layers})
         else:
             absent[name] = f"the paper does not say where to split {suite.network_name}"
-    add("gsc", "GSC", _gsc, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
-    add("prototype_fusion", "Prototype Fusion", _prototype_fusion, {"layers": "last_3"}, ("training",))
+    add("gsc", "GSC", GradientShortCircuit, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
+    add("prototype_fusion", "Prototype Fusion", PrototypeFusion, {"layers": "last_3"}, ("training",))
     return methods, absent
 
 
-def _sandi(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    return SandI(suite.network.to(device), **options)
-
-
-def _gsc(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    return GradientShortCircuit(suite.network.to(device), **options)
-
-
-def _prototype_fusion(suite: Suite, device: torch.device, batch_size: int, *, options: Mapping[str, Any]) -> Scorer:
-    assert suite.training is not None
-    return PrototypeFusion(suite.network.to(device), **options).fit(suite.training.loader(batch_size))
+def _build(
+    suite: Suite, device: torch.device, batch_size: int, *, detector: Callable[..., Any], options: Mapping[str, Any]
+) -> Scorer:
+    made = detector(suite.network.to(device), **options)
+    if detector is PrototypeFusion:
+        assert suite.training is not None
+        made.fit(suite.training.loader(batch_size))
+    scorer: Scorer = made
+    return scorer

@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from networks.catalogue import openood_importable
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
-import openood_sandi
 from openood_sandi.plugin import registry, standins
 
-from ..suite import ImageSet, Suite
+from ..suite import Suite
 from .baselines import BASELINES, Need
-from .method import Method, Offer, Scorer
-from .network import Anatomy, OpenOODNetwork, Remembering, frozen
+from .method import Library, Method, Offer, Scorer
+from .network import NetworkParts, OpenOODNetwork, frozen, remembering
+
+Options = Mapping[str, Any]
 
 OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
     "sandi": ("S&I", ()),
@@ -34,34 +36,28 @@ OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
 """This package's postprocessors that OpenOOD can choose options for: title and needs."""
 
 
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """OpenOOD's methods; and "NAME-search", with options chosen on validation data, of its own and this package's."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
     problem = import_problem()
 
-    def add(
-        name: str, title: str, needs: tuple[Need, ...], options: dict[str, Any], sweep: dict[str, list[Any]]
-    ) -> None:
+    def add(name: str, title: str, needs: Sequence[Need], options: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         searched = name + "-search" if sweep else name
         needs = (*needs, "validation") if sweep else needs
-        lacking = problem or (name in BASELINES and anatomy.cannot_run(name)) or anatomy.lacks(needs)
-        if name == "odin" and anatomy.channels != 3:
-            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {anatomy.channels}"
+        lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
+        if name == "odin" and (channels := parts.image.shape[1]) != 3:
+            lacking = lacking or f"OpenOOD's takes images of 3 channels, not {channels}"
         if lacking:
             absent[searched] = lacking
             return
-        decisive = {**options, **anatomy.fingerprints(needs)}
-        methods[searched] = Method(
-            searched,
-            f"{title}, searched" if sweep else title,
-            "openood-sandi" if name in OWN_SEARCHED else "OpenOOD",
-            {**decisive, "searched": sweep} if sweep else decisive,
-            functools.partial(_build, name=name, options=options, sweep=sweep),
-        )
+        title, source = f"{title}, searched" if sweep else title, "openood-sandi" if name in OWN_SEARCHED else "OpenOOD"
+        decisive = {**options, **parts.fingerprints(needs), **({"searched": sweep} if sweep else {})}
+        build = functools.partial(_build, name=name, options=options, sweep=sweep)
+        methods[searched] = Method(searched, title, cast(Library, source), decisive, build)
 
     for name, baseline in BASELINES.items():
-        options, sweep = anatomy.options(name)
+        options, sweep = parts.options(name)
         add(name, baseline.title, baseline.needs, options, {})
         if math.prod(map(len, sweep.values())) > 1:
             add(name, baseline.title, baseline.needs, options, sweep)
@@ -76,10 +72,7 @@ def offer(suite: Suite, anatomy: Anatomy) -> Offer:
 @functools.cache
 def import_problem() -> str | None:
     """Why OpenOOD cannot be imported, None if it can; ``$OPENOOD_HOME`` may name a checkout."""
-    openood_sandi.register()
-    home = os.environ.get("OPENOOD_HOME")
-    if home and home not in sys.path:
-        sys.path.append(home)  # last: a checkout has a package "tests" of its own
+    openood_importable()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             import openood.evaluation_api  # noqa: F401
@@ -98,24 +91,18 @@ def _own_options(name: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return options, dict(settings.postprocessor_sweep)
 
 
-# ---------------------------------------------------------------------------------------- running them
-
-
 def _build(
-    suite: Suite,
-    device: torch.device,
-    batch_size: int,
-    *,
-    name: str,
-    options: Mapping[str, Any],
-    sweep: Mapping[str, Any],
+    suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Options, sweep: Options
 ) -> Scorer:
-    _require_openoods_device(device)
-    backbone = network = suite.network.to(device)
-    if name in BASELINES:
-        if "head" in BASELINES[name].needs:
-            network = _with_interface(backbone, Anatomy(suite).image)
-        network = _wrapper(name)(Remembering(network) if sweep else network)
+    if device.type != "cuda" and torch.cuda.device_count():
+        raise ValueError(
+            f"OpenOOD's methods run on the GPU where there is one, not on {device}; "
+            'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
+        )
+    backbone = plain = suite.network.to(device)
+    if name in BASELINES and "head" in BASELINES[name].needs:
+        plain = _with_interface(backbone, NetworkParts(suite).image)
+    network = _wrapper(name)(plain)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -123,7 +110,8 @@ def _build(
     with current, frozen(backbone), contextlib.redirect_stdout(sys.stderr):
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
-            _search(network, loaders, postprocessor)
+            with remembering(plain) if name in BASELINES else contextlib.nullcontext():
+                _search(network, loaders, postprocessor)
     if name in OWN_SEARCHED:
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
@@ -141,13 +129,13 @@ class Searched:
     """A scorer with the option values that OpenOOD's search has chosen."""
 
     score: Scorer
-    chosen: Mapping[str, Any]
+    chosen: Options
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.score(images)
 
 
-def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: Any) -> None:
+def _search(network: nn.Module, loaders: Mapping[str, DataLoader[Any]], postprocessor: Any) -> None:
     """The search of OpenOOD's Evaluator: of all values, those of the best AUROC on validation images."""
     from openood.evaluation_api import Evaluator
 
@@ -157,18 +145,10 @@ def _search(network: nn.Module, loaders: Mapping[str, _Batches], postprocessor: 
     evaluator.hyperparam_search()
 
 
-def _chosen(postprocessor: Any, sweep: Mapping[str, Any]) -> dict[str, Any]:
+def _chosen(postprocessor: Any, sweep: Options) -> dict[str, Any]:
     """The values that the search has chosen, by option; OpenOOD's own with one option give it without a list."""
     values = postprocessor.get_hyperparam()
     return dict(zip(sweep, values if isinstance(values, list) else [values], strict=True))
-
-
-def _require_openoods_device(device: torch.device) -> None:
-    if device.type != "cuda" and torch.cuda.device_count():
-        raise ValueError(
-            f"OpenOOD's methods run on the GPU where there is one, not on {device}; "
-            'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
-        )
 
 
 def _with_interface(net: nn.Module, image: Tensor) -> nn.Module:
@@ -188,43 +168,27 @@ def _wrapper(name: str) -> Callable[[nn.Module], nn.Module]:
     return wrappers.get(name, lambda net: net)
 
 
-def _postprocessor(name: str, suite: Suite, options: Mapping[str, Any], sweep: Mapping[str, Any]) -> Any:
+def _postprocessor(name: str, suite: Suite, options: Options, sweep: Options) -> Any:
     from openood.evaluation_api.postprocessor import postprocessors
     from openood.postprocessors.info import num_classes_dict
     from openood.utils.config import Config
 
     num_classes_dict.setdefault(suite.name, suite.classes)  # OpenOOD looks its own data sets up there
-    config = Config(
-        dataset={"name": suite.name},
-        postprocessor={
-            "name": name,
-            "APS_mode": bool(sweep),
-            "postprocessor_args": dict(options),
-            "postprocessor_sweep": dict(sweep),
-        },
-    )
+    settings: dict[str, Any] = {"name": name, "APS_mode": bool(sweep)}
+    settings |= {"postprocessor_args": dict(options), "postprocessor_sweep": dict(sweep)}
+    config = Config(dataset={"name": suite.name}, postprocessor=settings)
     built = standins.require_real((registry.postprocessor_class(name) or postprocessors[name])(config))
     if name == "odin":
         built.input_std = list(suite.normalisation[1])  # the network's own, whatever the data set's name
     return built
 
 
-class _Batches:
-    """An image set as OpenOOD's loaders give it: dictionaries of images and labels."""
-
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
-        self._loader = images.loader(batch_size)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for images, labels in self._loader:
-            yield {"data": images, "label": labels}
+def _loaders(suite: Suite, batch_size: int) -> dict[str, DataLoader[Any]]:
+    """Image sets as OpenOOD's loaders give them: dictionaries of images and labels."""
+    known, unknown = suite.validation or (None, None)
+    sets = {"train": suite.training, "val": known, "val-ood": unknown}
+    return {name: images.loader(batch_size, collate=_named) for name, images in sets.items() if images is not None}
 
 
-def _loaders(suite: Suite, batch_size: int) -> dict[str, _Batches]:
-    sets: dict[str, ImageSet | None] = {"train": suite.training}
-    if suite.validation is not None:
-        sets["val"], sets["val-ood"] = suite.validation
-    return {name: _Batches(images, batch_size) for name, images in sets.items() if images is not None}
+def _named(items: list[Any]) -> dict[str, Any]:
+    return dict(zip(("data", "label"), default_collate(items), strict=True))

@@ -21,23 +21,28 @@ from openood_sandi.engine.features import Penultimate
 from ..suite import ImageSet, Suite
 from .baselines import BASELINES
 from .method import Method, Offer, Scorer
-from .network import Anatomy, Blocks, as_linear, frozen, mean_over_positions, outputs_of
+from .network import Blocks, NetworkParts, as_linear, frozen, mean_over_positions, outputs_of
 
 logging.getLogger("pytorch_ood").addHandler(logging.NullHandler())
 
 
-def offer(suite: Suite, anatomy: Anatomy) -> Offer:
+Predict = Callable[[Tensor], Tensor]
+IMAGES = ("odin", "rankfeat")
+"""Detectors that take the images themselves."""
+
+
+def offer(suite: Suite, parts: NetworkParts) -> Offer:
     """pytorch-ood's methods with options as given in :mod:`.baselines`."""
     methods: dict[str, Method] = {}
     absent: dict[str, str] = {}
     problem = import_problem()
     for name, baseline in BASELINES.items():
-        lacking = problem or anatomy.cannot_run(name)
-        options, _ = anatomy.options(name)
+        lacking = problem or parts.cannot_run(name)
+        options, _ = parts.options(name)
         if lacking:
             absent[name] = lacking
             continue
-        decisive = {**options, **anatomy.fingerprints(baseline.needs)}
+        decisive = {**options, **parts.fingerprints(baseline.needs)}
         build = functools.partial(_build, name=name, options=options)
         methods[name] = Method(name, baseline.title, "pytorch-ood", decisive, build)
     return methods, absent
@@ -55,144 +60,107 @@ def import_problem() -> str | None:
 
 def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Mapping[str, Any]) -> Scorer:
     network = suite.network.to(device)
-    anatomy = Anatomy(suite)
-    if name in _OF_INPUTS:
-        return _predicting(network, _OF_INPUTS[name](network, options, suite, anatomy))
-    if name in _OF_LOGITS:
-        predict = _OF_LOGITS[name](options)
-
-        @torch.no_grad()
-        def score_logits(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = network(images)
-            return logits.argmax(1), predict(logits)
-
-        return score_logits
+    parts = NetworkParts(suite)
     penultimate = Penultimate(network)
-    assert anatomy.head is not None
-    detector, predict = _OF_FEATURES[name](as_linear(anatomy.head), options)
-    if name == "react":
-        assert suite.validation is not None
-        detector.fit_feature_maps(*_all_features(penultimate, suite.validation[0], device, batch_size))
-    elif detector.requires_fit:
-        assert suite.training is not None
-        features, labels = _all_features(penultimate, suite.training, device, batch_size)
-        detector.to(device).fit_features(features, labels)
 
-    @torch.no_grad()
-    def score_features(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = penultimate(images)
-        return logits.argmax(1), predict(features)
+    def features(images: ImageSet) -> tuple[Tensor, Tensor]:
+        """Penultimate features (N, D) and labels (N,) of a set, on the CPU."""
+        found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.loader(batch_size)]
+        return torch.cat([some for some, _ in found]), torch.cat([labels for _, labels in found])
 
-    return score_features
+    def read(images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the detector is given, and the logits."""
+        if name in LOGITS:
+            logits: Tensor = network(images)
+            return logits, logits
+        return penultimate(images) if name not in IMAGES else (images, network(images))
 
-
-def _predicting(network: nn.Module, predict: Callable[[Tensor], Tensor]) -> Scorer:
-    """A detector that takes the images themselves; the classes are the network's."""
+    predict: Predict
+    if name in IMAGES:
+        predict = _odin(network, options, suite) if name == "odin" else _rankfeat(network, parts)
+    elif name in LOGITS:
+        predict = _of_logits(name, options)
+    else:
+        assert parts.head is not None
+        detector, predict = _of_features(name, as_linear(parts.head), options)
+        if name == "react":
+            assert suite.validation is not None
+            detector.fit_feature_maps(*features(suite.validation[0]))
+        elif detector.requires_fit:
+            assert suite.training is not None
+            detector.to(device).fit_features(*features(suite.training))
 
     def score(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            pred = network(images).argmax(1)
-        with frozen(network):
-            return pred, predict(images).detach()
+            given, logits = read(images)
+        with frozen(network), torch.set_grad_enabled(name in IMAGES):
+            return logits.argmax(1), predict(given).detach()
 
     return score
 
 
-def _all_features(
-    penultimate: Penultimate, images: ImageSet, device: torch.device, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Penultimate features (N, D) and labels (N,) of a set, on the CPU."""
-    found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.loader(batch_size)]
-    return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
-
-
-# ---------------------------------------------------------------------------------------- detectors by name
-
-
-def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite, anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
+def _odin(network: nn.Module, options: Mapping[str, Any], suite: Suite) -> Predict:
     from pytorch_ood.detector import ODIN
 
     std = list(suite.normalisation[1])
-    detector = ODIN(network, eps=options["noise"], temperature=options["temperature"], norm_std=std)
-    return detector.predict  # type: ignore[no-any-return]
+    predict: Predict = ODIN(network, eps=options["noise"], temperature=options["temperature"], norm_std=std).predict
+    return predict
 
 
-def _rankfeat(
-    network: nn.Module, options: Mapping[str, Any], suite: Suite, anatomy: Anatomy
-) -> Callable[[Tensor], Tensor]:
+def _rankfeat(network: nn.Module, parts: NetworkParts) -> Predict:
     from pytorch_ood.detector import RankFeat
 
-    blocks = Blocks(network, anatomy.image)
-    assert anatomy.head is not None
-    linear = as_linear(anatomy.head)
+    blocks = Blocks(network, parts.image)
+    assert parts.head is not None
+    linear = as_linear(parts.head)
 
     def last_map(images: Tensor) -> Tensor:
         with torch.no_grad(), outputs_of(network, [blocks.after]) as found:
             network(images)
         return found[blocks.after]
 
-    return RankFeat(last_map, lambda maps: linear(mean_over_positions(maps).flatten(1))).predict  # type: ignore
+    predict: Predict = RankFeat(last_map, lambda maps: linear(mean_over_positions(maps).flatten(1))).predict
+    return predict
 
 
-_OF_INPUTS: dict[str, Callable[[nn.Module, Mapping[str, Any], Suite, Anatomy], Callable[[Tensor], Tensor]]] = {
-    "odin": _odin,
-    "rankfeat": _rankfeat,
+LOGITS: dict[str, tuple[str, dict[str, str]]] = {
+    "msp": ("MaxSoftmax", {}),
+    "mls": ("MaxLogit", {}),
+    "ebo": ("EnergyBased", {"t": "temperature"}),
+    "gen": ("GEN", {"gamma": "gamma", "M": "M"}),
 }
+"""Classes of detectors that take the logits, and their options with the names that OpenOOD has for them."""
 
 
-def _of_logits(name: str, **names: str) -> Callable[[Mapping[str, Any]], Callable[[Tensor], Tensor]]:
-    """The class of that name, its options under the names that OpenOOD has for them."""
+def _of_logits(name: str, options: Mapping[str, Any]) -> Predict:
+    from pytorch_ood import detector
 
-    def build(options: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-        from pytorch_ood import detector
-
-        given = {theirs: options[ours] for theirs, ours in names.items()}
-        return getattr(detector, name)(model=None, **given).predict_logits  # type: ignore[no-any-return]
-
-    return build
+    kind, names = LOGITS[name]
+    given = {theirs: options[ours] for theirs, ours in names.items()}
+    predict: Predict = getattr(detector, kind)(model=None, **given).predict_logits
+    return predict
 
 
-_OF_LOGITS = {
-    "msp": _of_logits("MaxSoftmax"),
-    "mls": _of_logits("MaxLogit"),
-    "ebo": _of_logits("EnergyBased", t="temperature"),
-    "gen": _of_logits("GEN", gamma="gamma", M="M"),
-}
-
-
-def _of_features(linear: nn.Linear, options: Mapping[str, Any], name: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
+def _of_features(name: str, linear: nn.Linear, options: Mapping[str, Any]) -> tuple[Any, Predict]:
+    """A detector of penultimate features, to be fitted, and what it predicts of them."""
     from pytorch_ood import detector as library
-
-    def one_position(features: Tensor) -> Tensor:
-        return features[:, :, None, None]
 
     def head(maps: Tensor) -> Tensor:
         logits: Tensor = linear(maps.flatten(1))
         return logits
 
-    detector: Any
-    if name == "gradnorm":
-        detector = library.GradNorm(linear, param_filter=lambda parameter: parameter == "weight")
-        return detector, detector.predict
-    if name == "react":
-        detector = library.ReAct(None, head, percentile=options["percentile"] / 100)
-        return detector, detector.predict_feature_maps
-    if name == "ash":
-        detector = library.ASH(None, head, variant="ash-b", percentile=options["percentile"] / 100)
-        return detector, lambda features: detector.predict_feature_maps(one_position(features))
-    if name == "scale":
-        detector = library.SCALE(None, head, percentile=options["percentile"] / 100)
-        return detector, lambda features: detector.predict_feature_maps(one_position(features))
-    detector = {
+    share = options.get("percentile", 0) / 100
+    detector: Any = {
+        "gradnorm": lambda: library.GradNorm(linear, param_filter=lambda parameter: parameter == "weight"),
+        "react": lambda: library.ReAct(None, head, percentile=share),
+        "ash": lambda: library.ASH(None, head, variant="ash-b", percentile=share),
+        "scale": lambda: library.SCALE(None, head, percentile=share),
         "knn": lambda: library.KNN(None, k=options["K"]),
         "vim": lambda: library.ViM(None, options["dim"], linear.weight, linear.bias),
         "fdbd": lambda: library.fDBD(None, linear),
         "nci": lambda: library.NCI(None, linear, alpha=options["alpha"]),
     }[name]()
-    return detector, detector.predict_features
-
-
-_OF_FEATURES = {
-    name: functools.partial(_of_features, name=name)
-    for name in ("gradnorm", "react", "ash", "scale", "knn", "vim", "fdbd", "nci")
-}
+    if name in ("ash", "scale"):  # of maps with one position
+        return detector, lambda features: detector.predict_feature_maps(features[:, :, None, None])
+    method = {"gradnorm": "predict", "react": "predict_feature_maps"}.get(name, "predict_features")
+    return detector, getattr(detector, method)

@@ -1,0 +1,46 @@
+"""What the commands have to do with a terminal: arguments and progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from openood_sandi.runs import ranks
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+
+def number(kind: Callable[[str], Number], least: Number) -> Callable[[str], Number]:
+    """A type for argparse: a finite number from ``least`` on."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not least <= value < math.inf:  # also where it is not a number
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's message about what is no number at all
+    return parse
+
+
+positive = number(int, 1)
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
+
+
+def progress(items: Iterable[T], description: str, unit: str) -> Iterable[T]:
+    """The items, with a bar on a terminal, of one process among several, that says how many are done."""
+    shown = None if ranks.is_main_process() else True  # None: where the output is a terminal
+    bar: Iterable[T] = tqdm(items, desc=description, unit=unit, leave=False, disable=shown)
+    return bar
