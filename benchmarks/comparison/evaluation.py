@@ -128,8 +128,7 @@ class Evaluation:
                 self._device,
                 cache=self._scores,
                 key=self._key(method, images),
-                progress=sys.stderr.isatty(),
-                description=f"{method.name} {images.name}",
+                progress=f"{method.name} {images.name}" if sys.stderr.isatty() else False,
             )
             bad = int(np.count_nonzero(~np.isfinite(scores)))
             if bad:

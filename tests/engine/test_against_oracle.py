@@ -1,4 +1,4 @@
-"""SandI equals the naive reference of :mod:`tests.helpers.oracle` in float64, on every network of :mod:`tests.helpers.networks`."""
+"""SandI equals the naive reference (``tests/helpers/oracle.py``) in float64, on every network of the helpers."""
 
 from __future__ import annotations
 
