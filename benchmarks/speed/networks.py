@@ -52,8 +52,8 @@ def out_of_place(classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) -> nn.Modul
     class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-            shortcut = x if self.downsample is None else self.downsample(x)
-            result: Tensor = self.relu(self.bn3(self.conv3(out)) + shortcut)
+            out = self.bn3(self.conv3(out))
+            result: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
             return result
 
     net: nn.Module = resnet.ResNet(Bottleneck, list(blocks), num_classes=classes)
