@@ -14,8 +14,9 @@ import torch
 from speed.instrument import count
 from torch import Tensor, nn
 
+from openood_sandi.runs.files import replace
+
 from .environment import hardware
-from .files import replace
 
 MIN_TURNS = 7
 MOST = 10_000

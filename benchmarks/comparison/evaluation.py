@@ -159,17 +159,14 @@ class Evaluation:
         """All that decides the scores; the cache adds the digest of the package's code."""
         suite = self.suite
         fitted = [part.fingerprint for part in (suite.training, *(suite.validation or ())) if part is not None]
-        return {
-            "method": method.name,
+        others = {
             "source": [method.source, library_version(method.source)],
             "methods' code": _methods_code(),
-            "options": {name: repr(value) for name, value in sorted(method.options.items())},
-            "weights": suite.weights,
-            "images": images.fingerprint,
             "fitted on": fitted,
             "batch size": self._batch_size,
             "device": self._device.type,
         }
+        return keys.score_key(method.name, method.options, suite.network, images, **others)
 
 
 @functools.cache

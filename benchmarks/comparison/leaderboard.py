@@ -14,19 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from .files import replace
+from openood_sandi.plugin import registry
+from openood_sandi.runs.files import replace
+
 from .methods import Method
 from .table import AVERAGE, FPR_OPENOOD, Run, groups
 
 FILES = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet1k_ood"}
 """The leaderboard's file for a suite's name."""
-LINKS = {
-    "sandi": "https://proceedings.mlr.press/v267/zhang25by.html",
-    "gaia": "https://arxiv.org/abs/2311.09620",
-    "gsc": "https://arxiv.org/abs/2507.01417",
-    "prototype_fusion": "https://arxiv.org/abs/2603.23677",
-}
-"""The paper behind a method, by how its name begins."""
 RUNS = 3
 """Networks that OpenOOD trains for CIFAR; ImageNet has one."""
 COLUMNS = {
@@ -46,7 +41,7 @@ def write(folder: Path, frame: pd.DataFrame, runs: Sequence[Run], about: Mapping
         return
     for outcome in runs[0].outcomes.values():
         method = outcome.method
-        link = next((link for stem, link in LINKS.items() if method.name.startswith(stem)), None)
+        link = next((info.url for name, info in registry.infos().items() if method.name.startswith(name)), None)
         if method.source != "openood-sandi" or link is None:
             continue
         ood = ood_csv(frame[frame["method"] == method.name], runs)

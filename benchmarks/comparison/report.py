@@ -10,9 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from openood_sandi.runs.files import replace
+
 from .environment import described
 from .evaluation import Failure
-from .files import markdown, replace
+from .files import markdown
 from .methods import Method
 from .suite import Suite
 from .table import AVERAGE, FPR_OPENOOD, FPR_PAPER, METRICS, RESAMPLES, Run, groups

@@ -15,7 +15,7 @@ from networks.cifar import CifarResNet
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import replace
+from openood_sandi.runs.files import replace
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 from comparison.environment import described
-from comparison.files import markdown, replace, save_figure
+from comparison.files import markdown, save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+from openood_sandi.runs.files import replace
 
 from .networks import NETWORKS
 

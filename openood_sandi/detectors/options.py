@@ -1,13 +1,34 @@
-"""What the options of a detector's class are, and their values where they come from a file or a command line."""
+"""What the options of a detector's class are, what their values may be, and values from a file or a command line."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["as_option", "options_of"]
+import torch
+
+__all__ = [
+    "as_option",
+    "options_of",
+    "require_choice",
+    "require_count",
+    "require_name",
+    "require_names",
+    "require_positive",
+    "require_share",
+    "require_switch",
+]
+
+_CHOICES = {
+    "variant": ("auto", "Z", "A"),
+    "combine": ("count", "union", "intersection"),
+    "attribution": ("max_logit", "cross_entropy"),
+    "ascent": ("cross_entropy", "max_logit"),
+    "top_over": ("channels", "labels"),
+}
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 
@@ -37,3 +58,51 @@ def as_option(detector: Callable[..., Any], name: str, value: Any) -> Any:
 def _parameters(detector: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(detector).parameters
     return {name: each for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def require_choice(**options: str) -> None:
+    for option, value in options.items():
+        if not isinstance(value, str) or value not in _CHOICES[option]:
+            raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}")
+
+
+def require_count(**options: int) -> None:
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{option}={value!r}: expected a whole number, at least 1")
+
+
+def require_positive(**options: float) -> None:
+    for option, value in options.items():
+        infinite = option == "epsilon" and value == math.inf
+        if not infinite and not (_is_number(value) and 0 < value <= torch.finfo(torch.float32).max):
+            raise ValueError(f"{option}={value!r}: expected a positive number")
+
+
+def require_share(**options: float) -> None:
+    for option, value in options.items():
+        if not _is_number(value) or not 0 < value <= 1:
+            raise ValueError(f"{option}={value!r}: expected a share, above 0 and at most 1")
+
+
+def require_switch(**options: bool) -> None:
+    for option, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{option}={value!r}: expected True or False")
+
+
+def require_name(**options: str) -> None:
+    for option, value in options.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{option}={value!r}: expected a string")
+
+
+def require_names(**options: str | Sequence[str]) -> None:
+    for option, value in options.items():
+        if not isinstance(value, str):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{option}={value!r}: expected a string or a list of strings")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

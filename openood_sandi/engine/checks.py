@@ -1,10 +1,9 @@
-"""What :class:`openood_sandi.SandI` asks of its options, network and images, and what it says where they differ."""
+"""What is asked of networks and images, and what is said where they differ."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,65 +14,8 @@ from openood_sandi.engine.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
-_CHOICES = {
-    "variant": ("auto", "Z", "A"),
-    "combine": ("count", "union", "intersection"),
-    "attribution": ("max_logit", "cross_entropy"),
-    "ascent": ("cross_entropy", "max_logit"),
-    "top_over": ("channels", "labels"),
-}
-
-
 # Normalised images lie within a few units of zero, images in 0..255 do not.
 _UNLIKELY = 32
-
-
-def require_choice(**options: str) -> None:
-    for option, value in options.items():
-        if not isinstance(value, str) or value not in _CHOICES[option]:
-            raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}")
-
-
-def require_count(**options: int) -> None:
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{option}={value!r}: expected a whole number, at least 1")
-
-
-def require_positive(**options: float) -> None:
-    for option, value in options.items():
-        infinite = option == "epsilon" and value == math.inf
-        if not infinite and not (_is_number(value) and 0 < value <= torch.finfo(torch.float32).max):
-            raise ValueError(f"{option}={value!r}: expected a positive number")
-
-
-def require_share(**options: float) -> None:
-    for option, value in options.items():
-        if not _is_number(value) or not 0 < value <= 1:
-            raise ValueError(f"{option}={value!r}: expected a share, above 0 and at most 1")
-
-
-def require_switch(**options: bool) -> None:
-    for option, value in options.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{option}={value!r}: expected True or False")
-
-
-def require_name(**options: str) -> None:
-    for option, value in options.items():
-        if not isinstance(value, str):
-            raise TypeError(f"{option}={value!r}: expected a string")
-
-
-def require_names(**options: str | Sequence[str]) -> None:
-    for option, value in options.items():
-        if not isinstance(value, str):
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-                raise TypeError(f"{option}={value!r}: expected a string or a list of strings")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def eager_network(net: nn.Module) -> nn.Module:

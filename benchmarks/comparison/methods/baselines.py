@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Need = Literal["head", "blocks", "training", "validation"]
+NEEDS: dict[str, tuple[Need, ...]] = {"nothing": (), "a linear head": ("head",), "training images": ("training",)}
+"""Those of this package's detectors, by how they say it."""
 """A linear last layer; stages that can be run one by one; training images; validation images."""
 
 

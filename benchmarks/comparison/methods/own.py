@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
+from openood_sandi import SandI
+from openood_sandi.detectors.options import options_of
+from openood_sandi.plugin import registry
 
 from ..suite import Suite
-from .baselines import Need
+from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
 
@@ -74,8 +77,10 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
             add(name, f"S&I-{variant}, the paper's layers", SandI, {**options, **layers})
         else:
             absent[name] = f"the paper does not say where to split {suite.network_name}"
-    add("gsc", "GSC", GradientShortCircuit, {"mask_ratio": 0.02, "score": "energy"}, ("head",))
-    add("prototype_fusion", "Prototype Fusion", PrototypeFusion, {"layers": "last_3"}, ("training",))
+    for info in registry.infos().values():
+        if info.name not in ("sandi", "gaia"):  # those are above, by their variants
+            detector = pkgutil.resolve_name(info.detector)
+            add(info.name, info.label, detector, options_of(detector), NEEDS[info.needs])
     return methods, absent
 
 
@@ -83,7 +88,7 @@ def _build(
     suite: Suite, device: torch.device, batch_size: int, *, detector: Callable[..., Any], options: Mapping[str, Any]
 ) -> Scorer:
     made = detector(suite.network.to(device), **options)
-    if detector is PrototypeFusion:
+    if hasattr(made, "fit"):
         assert suite.training is not None
         made.fit(suite.training.loader(batch_size))
     scorer: Scorer = made

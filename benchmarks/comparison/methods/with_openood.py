@@ -21,19 +21,11 @@ from torch.utils.data import DataLoader, default_collate
 from openood_sandi.plugin import registry, standins
 
 from ..suite import Suite
-from .baselines import BASELINES, Need
+from .baselines import BASELINES, NEEDS, Need
 from .method import Library, Method, Offer, Scorer
 from .network import NetworkParts, OpenOODNetwork, frozen, remembering
 
 Options = Mapping[str, Any]
-
-OWN_SEARCHED: dict[str, tuple[str, tuple[Need, ...]]] = {
-    "sandi": ("S&I", ()),
-    "gaia": ("GAIA", ()),
-    "gsc": ("GSC", ("head",)),
-    "prototype_fusion": ("Prototype Fusion", ("training",)),
-}
-"""This package's postprocessors that OpenOOD can choose options for: title and needs."""
 
 
 def offer(suite: Suite, parts: NetworkParts) -> Offer:
@@ -51,7 +43,10 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         if lacking:
             absent[searched] = lacking
             return
-        title, source = f"{title}, searched" if sweep else title, "openood-sandi" if name in OWN_SEARCHED else "OpenOOD"
+        title, source = (
+            f"{title}, searched" if sweep else title,
+            "openood-sandi" if name in registry.infos() else "OpenOOD",
+        )
         decisive = {**options, **parts.fingerprints(needs), **({"searched": sweep} if sweep else {})}
         build = functools.partial(_build, name=name, options=options, sweep=sweep)
         methods[searched] = Method(searched, title, cast(Library, source), decisive, build)
@@ -61,11 +56,11 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         add(name, baseline.title, baseline.needs, options, {})
         if math.prod(map(len, sweep.values())) > 1:
             add(name, baseline.title, baseline.needs, options, sweep)
-    for name, (title, needs) in OWN_SEARCHED.items():
+    for name, info in registry.infos().items():
         if problem:
             absent[f"{name}-search"] = problem
         else:
-            add(name, title, needs, *_own_options(name))
+            add(name, info.label, NEEDS[info.needs], *_own_options(name))
     return methods, absent
 
 
@@ -112,7 +107,7 @@ def _build(
         if sweep:
             with remembering(plain) if name in BASELINES else contextlib.nullcontext():
                 _search(network, loaders, postprocessor)
-    if name in OWN_SEARCHED:
+    if name in registry.infos():
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
     def score(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.detectors import options as options_
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
@@ -85,15 +86,15 @@ class SandI:
         memory_fraction: float = 0.5,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "net")}
-        checks.require_choice(
+        options_.require_choice(
             variant=variant, combine=combine, attribution=attribution, ascent=ascent, top_over=top_over
         )
-        checks.require_count(steps=steps)
-        checks.require_positive(step_size=step_size, epsilon=epsilon)
-        checks.require_share(top_fraction=top_fraction, memory_fraction=memory_fraction)
-        checks.require_switch(splitting=splitting, rectifier_shortcut=rectifier_shortcut)
-        checks.require_names(splits=splits)
-        checks.require_name(feature=feature)
+        options_.require_count(steps=steps)
+        options_.require_positive(step_size=step_size, epsilon=epsilon)
+        options_.require_share(top_fraction=top_fraction, memory_fraction=memory_fraction)
+        options_.require_switch(splitting=splitting, rectifier_shortcut=rectifier_shortcut)
+        options_.require_names(splits=splits)
+        options_.require_name(feature=feature)
         self.options: dict[str, object] = options
         self.combine, self.top_fraction, self.top_over = combine, top_fraction, top_over
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
