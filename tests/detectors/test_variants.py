@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openood_sandi import SandI
+from openood_sandi.detectors.gaia import GAIA
 
 
 class Small(nn.Module):
@@ -81,3 +82,29 @@ def test_what_was_chosen_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO, "openood_sandi"):
         SandI(made(nn.ReLU()))(torch.randn(4, 3, 8, 8))
     assert [record.message for record in caplog.records] == ["S&I-Z with 3 split points, n0 to n2"]
+
+
+@pytest.mark.parametrize(
+    "options, unread",
+    [
+        ({"variant": "A", "combine": "union", "attribution": "cross_entropy"}, ["attribution", "combine"]),
+        ({"variant": "Z", "top_fraction": 0.5, "feature": "n2"}, ["feature", "top_fraction"]),
+        ({"variant": "Z", "combine": "union"}, []),
+        ({"variant": "A", "top_over": "labels"}, []),
+    ],
+)
+def test_options_that_the_variant_does_not_read(
+    options: dict[str, object], unread: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "openood_sandi"):
+        detector = SandI(made(nn.ReLU()), **options)
+        for _ in range(2):
+            detector(torch.randn(4, 3, 8, 8))
+    said = [record.message for record in caplog.records]
+    assert len(said) == bool(unread) and all(f"{name}=" in said[0] for name in unread)
+
+
+def test_gaia_says_nothing_of_what_is_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "openood_sandi"):
+        GAIA(made(nn.ReLU()))(torch.randn(4, 3, 8, 8))
+    assert not caplog.records

@@ -25,6 +25,12 @@ __all__ = ["SandI"]
 
 _log = logging.getLogger(__name__)
 
+_READ_BY = {
+    "Z": {"attribution", "combine", "rectifier_shortcut"},
+    "A": {"feature", "top_fraction", "top_over"},
+}
+"""Options that only one variant's scores depend on."""
+
 Densities = tuple[Tensor, dict[str, Tensor]]
 """Logits (B, classes) and {split name: E (B, K)}."""
 
@@ -104,7 +110,7 @@ class SandI:
         self._network = SplitNetwork(net, splits=self._choice, memory_fraction=memory_fraction)
         self._z: Callable[[Tensor], Densities] | None = None
         self._z_splits: Sequence[Split] = ()
-        self._told_apart = False
+        self._told_apart = self._told_unread = False
 
     # ------------------------------------------------------------------ public
 
@@ -127,6 +133,8 @@ class SandI:
         pred, tau, finite = map(torch.cat, zip(*self._network.over(x, self._scored), strict=True))
         if not finite.is_cuda and not finite.all():  # on a GPU, to look would be to wait for it
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
+        if not self._told_unread:
+            self._tell_unread()
         if not self._told_apart:
             self._look_at_first(x, tau)
         return pred, tau
@@ -223,6 +231,15 @@ class SandI:
 
     def _input_ascent(self) -> Callable[[Tensor], Loss] | None:
         return None if self.splitting else partial(loss_on_logits, self.ascent)
+
+    def _tell_unread(self) -> None:
+        """Warns, once, of options that were set and that the variant does not read."""
+        self._told_unread = True
+        defaults = options_.options_of(type(self))
+        unread = _READ_BY["A" if self.variant == "Z" else "Z"] & defaults.keys()
+        given = [f"{name}={self.options[name]!r}" for name in sorted(unread) if self.options[name] != defaults[name]]
+        if given:
+            _log.warning("S&I-%s does not read %s", self.variant, ", ".join(given))
 
     def _look_at_first(self, x: Tensor, tau: Tensor) -> None:
         """Says so, once, where the scores of different images do not differ.
