@@ -45,7 +45,7 @@ def require_files(config: Any, checkout: Path) -> None:
 
     Raises:
         SystemExit: the message names everything that is missing, where it is expected and OpenOOD's download
-        command.
+            command.
     """
     missing: list[str] = []
     datasets: dict[str, None] = {}  # an ordered set

@@ -26,7 +26,7 @@ def setup_config(own: Callable[[], Any]) -> Any:
 
     Raises:
         SystemExit: no postprocessor has that name, or files of the protocol are missing; the message says
-        which.
+            which.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+")

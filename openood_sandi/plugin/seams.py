@@ -3,13 +3,11 @@
 OpenOOD has no plugin loader. Five of its modules are changed in memory as soon as they are executed, before
 any other module can import their functions by name; OpenOOD's files stay as they are:
 
-========================================  ==============================================================
-``openood.postprocessors.utils``          ``get_postprocessor`` of ``main.py`` knows the entry points
-``openood.evaluation_api.postprocessor``  ``get_postprocessor`` of the ``Evaluator`` knows them too
-``openood.evaluation_api.evaluator``      under ``torchrun`` only: ranks share the ``Evaluator``'s work
-``openood.networks.utils``                checkpoints that do not fit are told
-``openood.utils.config``                  yml files that packages ship; ``--postprocessor NAME``
-========================================  ==============================================================
+- ``openood.postprocessors.utils``: ``get_postprocessor`` of ``main.py`` knows the entry points;
+- ``openood.evaluation_api.postprocessor``: ``get_postprocessor`` of the ``Evaluator`` knows them too;
+- ``openood.evaluation_api.evaluator``, under ``torchrun`` only: ranks share the ``Evaluator``'s work;
+- ``openood.networks.utils``: checkpoints that do not fit are told;
+- ``openood.utils.config``: yml files that packages ship; ``--postprocessor NAME``.
 """
 
 from __future__ import annotations

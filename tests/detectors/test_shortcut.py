@@ -109,6 +109,53 @@ def test_an_image_size_at_which_windows_leave_a_row_out(options: dict[str, objec
     require_exact(made(Strided), [images(4, 8), images(4, 9), images(4, 8)], **options)
 
 
+class OptionA(Plain):
+    """The shortcut of CIFAR ResNets: every other position, and channels of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(48, 96, 3, 2, 1)
+        self.n1, self.head = nn.BatchNorm2d(96), nn.Linear(96, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.n0(self.c0(x)))
+        beside = F.pad(a[:, :, ::2, ::2], (0, 0, 0, 0, 24, 24))
+        return self.head(F.relu(beside + self.n1(self.c1(a))).mean((2, 3)))
+
+
+class OddViews(Plain):
+    """Channels averaged with positions, rows taken for channels, images mixed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(classes=6)
+        self.kind = kind
+        self.rows = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.n0(self.c0(x)))
+        b = F.relu(self.n1(self.c1(a)))
+        if self.kind == "channels":
+            return self.rows(F.relu(b.mean(1) - 0.4).mean(2))
+        if self.kind == "regrouped":
+            return self.rows(F.relu(b.view(len(b), 6, 64, 8) - 0.5).mean((1, 2)))
+        if self.kind == "images":
+            b = b + b.mean(0, keepdim=True).expand_as(b)
+        if self.kind == "flipped":
+            b = b[[*range(len(b))][::-1]]
+        return self.head(b.mean((2, 3)))
+
+
+def test_the_shortcut_of_cifar_resnets() -> None:
+    for options in OPTIONS:
+        require_exact(made(OptionA), [images(6)], 0.5, **options)
+
+
+@pytest.mark.parametrize("kind", ["channels", "regrouped", "images", "flipped"])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 2}], ids=str)
+def test_dimensions_that_change_their_meaning(kind: str, options: dict[str, object]) -> None:
+    require_exact(made(lambda: OddViews(kind)), [images(6)], **options)
+
+
 def test_weights_that_are_pruned_after_the_first_batch() -> None:
     net, x = made(Plain), images(6)
     detector = SandI(net, variant="Z")

@@ -105,7 +105,7 @@ class _Unreadable(Exception):
     """The network has something that no mask tells of."""
 
 
-_POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
+_AVERAGES = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
 _VIEWS = frozenset(("flatten", "view", "reshape"))
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
@@ -154,7 +154,7 @@ class _Graph:
     def open_rows(self) -> Tensor:
         """(classes,): whether the row of the last layer is nowhere zero."""
         position = max((position for position, _ in self._derived()), default=-1)
-        while position >= 0 and self.calls[position].name in (*_POOLS, *_VIEWS):
+        while position >= 0 and self.calls[position].name in (*_AVERAGES, *_VIEWS):
             position = self.calls[position].producers[0]
         if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
             raise _Unreadable
@@ -176,7 +176,34 @@ class _Graph:
             before = call.producers[0]
             pool = self._max_pool_behind(before) if before >= 0 and _bounds(self.calls[before]) is not None else None
             return pool is not None and pool[0] == position
-        return call.name in _POOLS or call.name in _VIEWS
+        return self._is_spatial_average(call) or self._is_flattening(call) or self._is_part(call)
+
+    def _is_spatial_average(self, call: Call) -> bool:
+        """Whether channels stay what they are, and stay apart."""
+        if call.name == "mean":
+            axes = _argument(call, 1, "dim", None)
+            axes = {axis % 4 for axis in axes} if isinstance(axes, (tuple, list)) else set()
+            return axes == {2, 3} and self._shape(call.producers[0])[2:] != () and len(call.producers) == 1
+        return call.name in _AVERAGES
+
+    def _is_flattening(self, call: Call) -> bool:
+        """Whether all that an image has becomes one row, or nothing changes."""
+        before = self._shape(call.producers[0])
+        return call.name in _VIEWS and (call.result.dim() == 2 or tuple(call.result.shape) == before)
+
+    def _is_part(self, call: Call) -> bool:
+        """Whether it adds zeros, or takes slices of dimensions other than that of the images, beside a call that reads
+        all of its input."""
+        if call.name == "pad":
+            amounts = _argument(call, 1, "pad", ())
+            constant = _argument(call, 2, "mode", "constant") == "constant"
+            return bool(call.result.dim() == 4 and constant and min(amounts, default=0) >= 0)
+        index = call.args[1] if call.name == "__getitem__" and len(call.args) > 1 else ()
+        slices = isinstance(index, tuple) and all(isinstance(item, slice) for item in index)
+        return bool(slices and index[:1] == (slice(None),) and call.result.dim() == 4)
+
+    def _shape(self, position: int) -> tuple[int, ...]:
+        return tuple(self.calls[position].result.shape) if position >= 0 else ()
 
     def _acts_by_position(self, position: int) -> bool:
         """Whether the call is a plain addition of two results of one shape, or a batch norm in eval mode."""
@@ -214,9 +241,10 @@ class _Graph:
         result, behind = self.calls[position].result, self.consumers[position]
         if result.dim() != 4 or not behind:
             return True
-        windowed = [self.calls[p] for p in behind if self.calls[p].name in ("conv2d", "avg_pool2d")]
-        if len(windowed) < len(behind):
+        partly = [self.calls[p] for p in behind if self.calls[p].name in ("conv2d", "avg_pool2d", "__getitem__")]
+        if len(partly) < len(behind):
             return True
+        windowed = [call for call in partly if call.name != "__getitem__"]
         covered = torch.zeros(result.shape[2:], dtype=torch.bool)
         for call in windowed:
             covered |= _window(call, result.shape[2:])
