@@ -192,6 +192,11 @@ class RecordedNetwork:
         positions = split.by_image(self._tensor(split))[0, 0].numel()
         return Point(split.site.module or split.name, positions)
 
+    @property
+    def output(self) -> int | None:
+        """The tape position of the call whose result the logits are, if it is one."""
+        return self._pass.made_by.get(id(self._pass.output))
+
     def positions(self, splits: Iterable[Split]) -> dict[Site, int]:
         """For each split, the tape position of the call whose result it is, if it is one."""
         found = {split.site: self._pass.made_by.get(id(self._tensor(split))) for split in splits}

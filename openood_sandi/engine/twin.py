@@ -69,6 +69,13 @@ class Twin:
             self._update()
             return self._why
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Every tensor that the original holds: parameters, buffers, and those kept as attributes."""
+        with self._lock:
+            self._update()
+            return self._original.tensors if self._original is not None else ()
+
     def current(self) -> nn.Module:
         """The twin as the original is now, or the original where it is ``shared``.
 

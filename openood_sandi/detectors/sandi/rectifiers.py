@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Call, Site
 
@@ -89,9 +88,9 @@ class RectifiedNetwork:
 def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> RectifiedNetwork | None:
     """The network's rectifiers, from a recorded pass; None where masks do not tell the patterns at all ``splits``."""
     held = found.positions(splits)
-    if len(held) < len(splits):
+    if len(held) < len(splits) or found.output is None:
         return None
-    graph = _Graph(found.calls)
+    graph = _Graph(found.calls, found.output)
     try:
         rectifiers = dict(graph.rectifiers())
         open_rows = graph.open_rows()
@@ -105,20 +104,25 @@ class _Unreadable(Exception):
     """The network has something that no mask tells of."""
 
 
-_AVERAGES = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
+_POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
 _VIEWS = frozenset(("flatten", "view", "reshape"))
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class _Graph:
-    """The calls of a recorded pass that compute something from the images, and who uses their results."""
+    """The calls of a recorded pass that lead from the images to the logits, and who uses their results."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
+    def __init__(self, calls: Sequence[Call], output: int) -> None:
+        self.calls, self.output = calls, output
         self.consumers: dict[int, list[int]] = defaultdict(list)
-        for position, call in self._derived():
-            for producer in call.producers:
+        waiting, self._used = [output], {output}
+        while waiting:  # results that do not reach the logits hand on no gradient: not even listed
+            position = waiting.pop()
+            for producer in calls[position].producers:
                 self.consumers[producer].append(position)
+                if producer >= 0 and producer not in self._used:
+                    self._used.add(producer)
+                    waiting.append(producer)
 
     def rectifiers(self) -> Iterator[tuple[int, Rectifier]]:
         """Every rectifier, after a look at every call.
@@ -128,13 +132,16 @@ class _Graph:
         """
         rows = set()
         for position, call in self._derived():
-            if not isinstance(call.result, Tensor) or call.result.dim() < 2 or not self._is_covered(position):
+            is_map = isinstance(call.result, Tensor) and call.result.dim() > 1 and bool(call.producers)
+            if not is_map or not self._is_covered(position):
                 raise _Unreadable
             rows.add(len(call.result))
             if len(rows) > 1:  # images folded into the batch, or something that is none of them
                 raise _Unreadable
             bounds = _bounds(call)
             if bounds is not None:
+                if not self._spreads(position):
+                    raise _Unreadable
                 needed = 1 + self._zero_weights(call.producers[0])
                 yield position, Rectifier(position, bounds, self._max_pool_behind(position), needed)
             elif not (self._is_linear(call) or self._is_pool(position) or self._acts_by_position(position)):
@@ -147,25 +154,29 @@ class _Graph:
             here = self.consumers[here][0]
             if _bounds(self.calls[here]) is not None:
                 return here
-            if not self._acts_by_position(here):
+            if not self._acts_by_position(here) or self._dead_channels(here):
                 break
         raise _Unreadable
 
     def open_rows(self) -> Tensor:
         """(classes,): whether the row of the last layer is nowhere zero."""
-        position = max((position for position, _ in self._derived()), default=-1)
-        while position >= 0 and self.calls[position].name in (*_AVERAGES, *_VIEWS):
+        position = self.output
+        while position >= 0 and self.calls[position].name in (*_POOLS, *_VIEWS):
             position = self.calls[position].producers[0]
         if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
             raise _Unreadable
-        return (_weight(self.calls[position]) != 0).flatten(1).all(1)
+        rows = (_weight(self.calls[position]) != 0).flatten(1).all(1)
+        if self.calls[self.output].result.shape[1:] != rows.shape:
+            raise _Unreadable
+        return rows
 
     def _derived(self) -> Iterator[tuple[int, Call]]:
-        for position, call in enumerate(self.calls):
-            if call.producers and tensors_in(call.result):
-                yield position, call
+        for position in sorted(self._used):
+            yield position, self.calls[position]
 
     def _is_linear(self, call: Call) -> bool:
+        if call.name in ("linear", "conv2d") and bool((_weight(call) == 0).all(0).any()):
+            return False  # some input is not read at all
         if call.name == "linear":
             return bool(call.result.dim() == 2)
         return call.name == "conv2d" and _argument(call, 6, "groups", 1) == 1
@@ -176,20 +187,9 @@ class _Graph:
             before = call.producers[0]
             pool = self._max_pool_behind(before) if before >= 0 and _bounds(self.calls[before]) is not None else None
             return pool is not None and pool[0] == position
-        return self._is_spatial_average(call) or self._is_flattening(call) or self._is_part(call)
-
-    def _is_spatial_average(self, call: Call) -> bool:
-        """Whether channels stay what they are, and stay apart."""
-        if call.name == "mean":
-            axes = _argument(call, 1, "dim", None)
-            axes = {axis % 4 for axis in axes} if isinstance(axes, (tuple, list)) else set()
-            return axes == {2, 3} and self._shape(call.producers[0])[2:] != () and len(call.producers) == 1
-        return call.name in _AVERAGES
-
-    def _is_flattening(self, call: Call) -> bool:
-        """Whether all that an image has becomes one row, or nothing changes."""
-        before = self._shape(call.producers[0])
-        return call.name in _VIEWS and (call.result.dim() == 2 or tuple(call.result.shape) == before)
+        if call.name in _POOLS:
+            return self._is_mean_of_positions(call)
+        return self._is_part(call) or self._is_view_of_positions(position)
 
     def _is_part(self, call: Call) -> bool:
         """Whether it adds zeros, or takes slices of dimensions other than that of the images, beside a call that reads
@@ -202,14 +202,47 @@ class _Graph:
         slices = isinstance(index, tuple) and all(isinstance(item, slice) for item in index)
         return bool(slices and index[:1] == (slice(None),) and call.result.dim() == 4)
 
-    def _shape(self, position: int) -> tuple[int, ...]:
-        return tuple(self.calls[position].result.shape) if position >= 0 else ()
+    def _is_mean_of_positions(self, call: Call) -> bool:
+        """Whether a pool keeps images and channels apart, as all but some means do."""
+        if call.name != "mean":
+            return True
+        dims = _argument(call, 1, "dim", None)
+        dims = (dims,) if isinstance(dims, int) else dims
+        before = call.producers[0]
+        rank = self.calls[before].result.dim() if before >= 0 else 0
+        return bool(rank and dims) and all(dim % rank > 1 for dim in dims)
+
+    def _is_view_of_positions(self, position: int) -> bool:
+        """Whether a view keeps images and channels apart, or is for linear layers alone, which read all there is."""
+        call, behind = self.calls[position], self.consumers[position]
+        if call.name not in _VIEWS:
+            return False
+        before = call.producers[0]
+        kept = before >= 0 and self.calls[before].result.shape[:2] == call.result.shape[:2]
+        return kept or (bool(behind) and all(self.calls[p].name == "linear" for p in behind))
+
+    def _spreads(self, position: int) -> bool:
+        """Whether a layer that mixes channels reads all of the call's result, before another rectifier does."""
+        for behind in self.consumers[position]:
+            call = self.calls[behind]
+            if self._is_linear(call):
+                return True
+            if _bounds(call) is None and not self._dead_channels(behind) and self._spreads(behind):
+                return True
+        return False
+
+    def _dead_channels(self, position: int) -> int:
+        """How many channels a batch norm multiplies by zero; none for other calls."""
+        call = self.calls[position]
+        scale = _argument(call, 3, "weight", None) if call.name == "batch_norm" else None
+        return int((scale == 0).sum()) if isinstance(scale, Tensor) else 0
 
     def _acts_by_position(self, position: int) -> bool:
         """Whether the call is a plain addition of two results of one shape, or a batch norm in eval mode."""
         call = self.calls[position]
         if call.name == "batch_norm":
-            return len(call.producers) == 1 and _argument(call, 5, "training", False) is False
+            # torch.batch_norm has the same name and its arguments in another order
+            return call.func is F.batch_norm and len(call.producers) == 1 and _argument(call, 5, "training", False) is False
         if call.name not in ("add", "__add__", "__radd__") or len(set(call.producers)) != 2:
             return False
         shapes = {self.calls[p].result.shape if p >= 0 else None for p in (*call.producers, position)}
@@ -228,13 +261,9 @@ class _Graph:
         call = self.calls[position]
         if call.name in ("linear", "conv2d"):
             return int((_weight(call) == 0).sum(0).max())
-        if call.name == "batch_norm":
-            scale = _argument(call, 3, "weight", None)
-            dead = int((scale == 0).sum()) if isinstance(scale, Tensor) else 0
-            return dead + self._zero_weights(call.producers[0])
-        if self._acts_by_position(position):
-            return sum(self._zero_weights(producer) for producer in call.producers)
-        return 0
+        if _bounds(call) is not None or call.name == "max_pool2d":
+            return 0
+        return self._dead_channels(position) + sum(self._zero_weights(producer) for producer in call.producers)
 
     def _is_covered(self, position: int) -> bool:
         """Whether every position of the call's result lies in some window of the calls that use it."""
@@ -277,7 +306,7 @@ def _winners(rectified: Tensor, pool: Call) -> Tensor:
 def _bounds(call: Call) -> tuple[float, float] | None:
     """What a rectifier lets through lies strictly between these; None for any other call."""
     if call.name == "hardtanh":
-        return float(call.kwargs.get("min_val", -1.0)), float(call.kwargs.get("max_val", 1.0))
+        return float(_argument(call, 1, "min_val", -1.0)), float(_argument(call, 2, "max_val", 1.0))
     return _BOUNDS.get(call.name)
 
 

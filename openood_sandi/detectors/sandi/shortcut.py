@@ -26,7 +26,7 @@ __all__ = ["ComputedDensities", "ShortcutDensities"]
 
 _log = logging.getLogger(__name__)
 
-# On so many images of the first batch of a shape, what was read is compared with what gradients say.
+# On the first so many images of a shape that are proved, what was read is compared with what gradients say.
 _FIRST_CHECK = 2
 # A sum of products is exactly zero by accident now and then: seen once in 5e8 positions in float32.
 _COINCIDENCE = 1e-6
@@ -135,6 +135,7 @@ class ShortcutDensities:
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
         self._mostly_unproved = False
+        self._agreed: set[object] = set()
         self._seen = self._proved = 0
 
     @property
@@ -149,18 +150,20 @@ class ShortcutDensities:
         self._seen += len(x)
         key = (*x.shape[1:], x.dtype, x.device, self._network.weights_version())
         if key not in self._rectified:
-            self._rectified = {**dict(list(self._rectified.items())[-7:]), key: self._checked(x)}
+            rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
+            self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
         rectified = self._rectified[key]
         if rectified is None or self._mostly_unproved:
             return self._computed(x)
-        return self._read(x, rectified)
-
-    def _read(self, x: Tensor, rectified: RectifiedNetwork) -> tuple[Tensor, dict[str, Tensor]]:
         logits, found, unproved = self._masks(x, rectified)
         if found is None:
             return self._computed(x)
+        finite = logits.isfinite().all(1)
+        if key not in self._agreed and not self._agrees(x, found, (finite & ~unproved).nonzero()[:, 0], key):
+            self._rectified[key] = None
+            return self._computed(x)
         self._mostly_unproved = 2 * int(unproved.sum()) > len(x)
-        rows = (unproved & logits.isfinite().all(1)).nonzero()[:, 0]
+        rows = (unproved & finite).nonzero()[:, 0]
         self._proved += len(x) - len(rows)
         if len(rows):
             for name, density in self._computed(x[rows])[1].items():
@@ -182,20 +185,15 @@ class ShortcutDensities:
             return logits, None, logits.new_zeros(0, dtype=torch.bool)
         return logits, density.densities(), read.unproved(logits)
 
-    def _checked(self, x: Tensor) -> RectifiedNetwork | None:
-        """The network's rectifiers, once what they tell of a few of the images agrees with every gradient."""
-        few = x[:_FIRST_CHECK]
-        rectified = rectified_network(self._network.record(few), self._network.splits)
-        if rectified is None:
-            return None
-        logits, found, unproved = self._masks(few, rectified)
-        if found is None:
-            return None
-        exact = self._computed(few)[1]
-        rows = logits.isfinite().all(1) & ~unproved
-        for name, density in exact.items():
-            share = float((found[name] - density)[rows].abs().mean()) if rows.any() else 0.0
+    def _agrees(self, x: Tensor, read: dict[str, Tensor], proved: Tensor, key: object) -> bool:
+        """Whether what was read of the first of the ``proved`` images of ``x``, by number, is what gradients say."""
+        few = proved[:_FIRST_CHECK]
+        if not len(few):
+            return True  # nothing is read, and the next batch is looked at
+        for name, density in self._computed(x[few])[1].items():
+            share = float((read[name][few] - density).abs().mean())
             if share > _COINCIDENCE:
                 _log.info("the gradient at %s is zero where its rectifier is not (%.2g); computing all", name, share)
-                return None
-        return rectified
+                return False
+        self._agreed = {*list(self._agreed)[-7:], key}
+        return True
