@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -164,7 +165,7 @@ class SplitNetwork:
             tensors = [t for t in self._twin.tensors if t.layout == torch.strided and t.is_floating_point()]
             norms = torch._foreach_norm(tensors) if tensors else ()
             # of one kind each: bytes, as NaN is not equal to itself, and one look for each device
-            kinds = {(norm.device, norm.dtype): [] for norm in norms}
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
             values = tuple(torch.stack(of_kind).double().cpu().numpy().tobytes() for of_kind in kinds.values())
