@@ -114,10 +114,8 @@ class SplitNetwork:
         """
         checks.require_images(x)
         checks.require_eval(self.net)
-        with self._twin.use() as module:  # one thread at a time
-            if module is not self._running:
-                self._running, self._made = module, self._made + 1
-            return self._budget.fit(lambda: self._in_parts(x, work), x)
+        with self._twin.turn:
+            return self._budget.fit(lambda: self._over_twin(x, work), x)
 
     def walk(self, x: Tensor, walk: Walk, observer: Observer, splits: Sequence[Split] | None = None) -> Tensor:
         """Walks the paths from ``x`` (B, C, H, W), tells the observer, and returns the clean logits (B, classes).
@@ -184,6 +182,12 @@ class SplitNetwork:
         return found
 
     # ------------------------------------------------------------------ a batch
+
+    def _over_twin(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
+        with self._twin.use() as module:
+            if module is not self._running:
+                self._running, self._made = module, self._made + 1
+            return self._in_parts(x, work)
 
     def _in_parts(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
         with torch.inference_mode(False), torch.enable_grad():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.axes import ChannelAxes, Rows, batch_rows, usual_channel_axis
 from openood_sandi.engine.maps import last_map
+from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.norms import channels_of, is_normalisation, normalises_second
 from openood_sandi.engine.passes import Layer, Pass, record_pass
 from openood_sandi.engine.stages import Point, last_group, last_stage
@@ -320,7 +321,9 @@ def record_network(net: nn.Module, x: Tensor) -> tuple[RecordedNetwork, Tensor]:
     another = x[:1].flip(-1) / 2 + torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
     try:
         with_another: Pass | None = record_pass(net, torch.cat([x, another]))
-    except Exception:  # whatever it is, the network does take x
+    except Exception as error:  # whatever it is, the network does take x
+        if is_out_of_memory(error):
+            raise
         with_another = None
     return RecordedNetwork(net, recorded, with_another), recorded.output
 

@@ -18,7 +18,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class Twin:
 
     def __reduce__(self) -> tuple[type[Twin], tuple[nn.Module]]:
         return Twin, (self.net,)  # locks do not travel, and the copy of a detector makes its own twin
+
+    @property
+    def turn(self) -> AbstractContextManager[bool]:
+        """For work on several batches by one thread at a time."""
+        return self._lock
 
     @property
     def shared(self) -> bool:
