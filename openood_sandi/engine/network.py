@@ -164,7 +164,7 @@ class SplitNetwork:
             tensors = [t for t in self._twin.tensors if t.layout == torch.strided and t.is_floating_point()]
             norms = torch._foreach_norm(tensors) if tensors else ()
             # of one kind each: bytes, as NaN is not equal to itself, and one look for each device
-            kinds = {(norm.device, norm.dtype): [] for norm in norms}
+            kinds: dict[object, list[Tensor]] = {(norm.device, norm.dtype): [] for norm in norms}
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
             values = tuple(torch.stack(of_kind).double().cpu().numpy().tobytes() for of_kind in kinds.values())

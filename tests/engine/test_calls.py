@@ -274,7 +274,7 @@ def test_a_network_that_disables_gradients_for_good() -> None:
 
 
 def test_a_single_image_in_channels_last_memory_behind_others() -> None:
-    """With one lane of one image, a stride that flattening makes up is one for which a batch norm's gradient is wrong."""
+    """For the stride that flattening one lane of one image makes up, torch has a wrong gradient of batch norm."""
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)),

@@ -229,7 +229,11 @@ class _Graph:
         call = self.calls[position]
         if call.name == "batch_norm":
             # torch.batch_norm has the same name and its arguments in another order
-            return call.func is F.batch_norm and len(call.producers) == 1 and _argument(call, 5, "training", False) is False
+            return (
+                call.func is F.batch_norm
+                and len(call.producers) == 1
+                and _argument(call, 5, "training", False) is False
+            )
         if call.name not in ("add", "__add__", "__radd__") or len(set(call.producers)) != 2:
             return False
         shapes = {self.calls[p].result.shape if p >= 0 else None for p in (*call.producers, position)}
