@@ -195,3 +195,79 @@ def test_winners_of_a_max_pool_are_where_its_gradient_is(ties: bool) -> None:
     call = Call(F.max_pool2d, (Produced(0), 3, 2, 1), {}, pooled, (0,))
     mask = Rectifier(0, (0.0, float("inf")), (1, call), 1).mask(rectified.detach())
     assert torch.equal(mask != 0, gradient != 0)
+
+
+class Made(Plain):
+    """The layers of :class:`Plain`, put together by ``forward``."""
+
+    def __init__(self, together: Callable[[Made, Tensor], Tensor], width: int = 48) -> None:
+        super().__init__(width)
+        self.c2, self.aux = nn.Conv2d(width, width, 1), nn.Linear(width, 4)
+        self.together = together
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together(self, x)
+
+
+def test_zero_weights_count_through_a_pool() -> None:
+    def pooled(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x)))
+        return net.head(F.relu(F.avg_pool2d(net.c2(a), 2)).mean((2, 3)))
+
+    net = made(lambda: Made(pooled, width=6))
+    with torch.no_grad():
+        net.n0.bias.add_(4)
+        net.c2.weight[:5, 2] = 0
+        net.c2.bias.add_(0.5)
+    x = images(400)
+    most = SandI(net, variant="Z", rectifier_shortcut=False, splits=["n0"]).densities(x)["n0"].mean(1).argsort()
+    require_exact(net, [x[torch.cat([most.flip(0)[:8], most[:3]])]], splits=["n0"])
+
+
+def test_the_head_is_the_layer_that_gives_the_logits() -> None:
+    def with_another_behind(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x))).mean((2, 3))
+        logits = net.head(a)
+        net.aux(a)
+        return logits
+
+    net = made(lambda: Made(with_another_behind))
+    with torch.no_grad():
+        net.head.weight[1, :24] = 0
+        net.head.weight.mul_(20)
+        x = images(200)
+        net.head.bias.sub_(net(x).mean(0))
+        sparse = net(x).argmax(1) == 1
+    require_exact(net, [x[~sparse][:8], x[sparse][:8]], splits=["n0"], steps=1)
+
+
+def test_a_first_look_at_images_that_prove_nothing_is_none() -> None:
+    """A batch norm alone between two rectifiers: what the first lets through the second may cut off."""
+
+    def twice(net: Made, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.n1(F.relu(net.n0(net.c0(x))))).mean((2, 3)))
+
+    net = made(lambda: Made(twice))
+    with torch.no_grad():
+        net.n1.bias.sub_(0.2)
+        net.c0.bias.fill_(-1e-3)
+    require_exact(net, [torch.cat([torch.zeros(2, 3, 8, 8, dtype=torch.float64), 3 * images(4)])])
+
+
+@pytest.mark.parametrize("kept", ["parameter", "attribute", "inference"])
+def test_weights_whose_changes_are_not_counted(kept: str) -> None:
+    def functional(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x)))
+        return net.head(F.relu(net.n1(F.conv2d(a, net.weight, None, 1, 1))).mean((2, 3)))
+
+    with torch.inference_mode(kept == "inference"):
+        net = made(lambda: Made(functional))
+        net.weight = net.c1.weight if kept != "attribute" else net.c1.weight.detach().clone()
+    x = images(6)
+    detector = SandI(net, variant="Z")
+    detector(x)
+    assert detector.proved_share == 1
+    with torch.inference_mode(kept == "inference"):
+        net.weight.data[:, :12] = 0
+    exact = SandI(net, variant="Z", rectifier_shortcut=False)(x)[1]
+    assert torch.equal(detector(x)[1], exact)

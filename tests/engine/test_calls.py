@@ -271,3 +271,20 @@ def test_a_network_that_disables_gradients_for_good() -> None:
             SandI(net, variant="Z", splits=SPLITS)(x)
         assert torch.is_grad_enabled()
     torch.set_grad_enabled(True)  # as `prepared`, which ran the network, found it
+
+
+def test_a_single_image_in_channels_last_memory_behind_others() -> None:
+    """For the stride that flattening one lane of one image makes up, torch has a wrong gradient of batch norm."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    nn.init.normal_(net[3].weight)
+    net = net.double().eval()
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    detector = SandI(net, variant="Z", splits=["1"], step_size=STEP)
+    last = x.contiguous(memory_format=torch.channels_last)
+    detector.explain(last[:2])
+    right = SandI(net, variant="Z", splits=["1"], step_size=STEP).explain(x[2:])["1"]
+    torch.testing.assert_close(detector.explain(last[2:].clone())["1"], right)
