@@ -46,26 +46,33 @@ class _AtCall(TorchFunctionMode):
 def at(net: nn.Module, split: Split, act: Act) -> Iterator[None]:
     """``act`` sees, and may replace, what ``split`` holds in the passes inside."""
     site = split.site
-    with _AtCall(site.index, act) if site.module is None else hooked(net, site.name, act):
+
+    def uncounted(tensor: Tensor) -> Tensor | None:
+        with torch._C.DisableTorchFunction():
+            return act(tensor)
+
+    with _AtCall(site.index, uncounted) if site.module is None else hooked(net, site.name, uncounted):
         yield
 
 
 def activation(net: nn.Module, x: Tensor, split: Split) -> Tensor:
     seen: list[Tensor] = []
+    x = x.clone()  # some networks write into their images
     with torch.no_grad(), at(net, split, lambda z: seen.append(z.clone())):
-        net(x.clone())
+        net(x)
     return seen[0]
 
 
 def forward_with(net: nn.Module, x: Tensor, split: Split, z: Tensor, feature: Split | None) -> tuple[Tensor, Tensor]:
     """Logits and F (the logits again, if no ``feature`` is named) of the network whose split holds z."""
     seen: list[Tensor] = []
+    x = x.clone()
     with at(net, split, lambda _: z.clone()):
         if feature is None:
-            logits = net(x.clone())
+            logits = net(x)
             return logits, logits
         with at(net, feature, lambda f: seen.append(f.clone())):
-            return net(x.clone()), seen[0]
+            return net(x), seen[0]
 
 
 @dataclass

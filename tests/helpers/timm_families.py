@@ -37,38 +37,44 @@ RELATIVE = 1e-9
 SECONDS = 120
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 384)
 
-#: The first 70 take seconds each; tests run these.
-QUICK = """
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+#: These take seconds each; tests run them.
+QUICK = _names("""
 test_vit test_vit2 test_vit3 test_vit_relpos test_convnext test_convnext2 test_efficientnet test_efficientnet_gn
 test_efficientnet_ln test_efficientnet_evos test_resnet test_nfnet test_byobnet test_mambaout test_coatnet test_maxvit
-resnet10t resnet18 resnet34d resnetv2_18 resnetaa34d seresnet18 skresnet18 legacy_seresnet18 vgg11 vgg11_bn dla46_c
-regnetx_002 regnety_002 repvgg_a0 gernet_s mobileone_s0 mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035
+resnet10t resnet18 resnet34d resnetv2_18 resnetaa34d seresnet18 skresnet18 legacy_seresnet18 dla46_c regnetx_002
+regnety_002 repvgg_a0 gernet_s mobileone_s0 mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035
 tf_mobilenetv3_small_minimal_100 lcnet_035 lcnetv2_small mnasnet_small semnasnet_050 mobilenetv1_100 ghostnet_050
-ghostnetv2_100 ghostnetv3_050 repghostnet_050 starnet_s050 fasternet_t0 shvit_s1 efficientvit_m0 efficientvit_b0 cpubone_nano
-selecsls42 hardcorenas_a ese_vovnet19b_slim_dw hgnetv2_b0 convnext_zepto_rms convnext_atto convnextv2_atto
-inception_next_atto edgenext_xx_small mobilevit_xxs mobilevitv2_050 swiftformer_xs efficientformer_l1 efficientformerv2_s0
-pit_ti_224 pvt_v2_b0 levit_128s levit_conv_128s visformer_tiny tiny_vit_5m_224 repvit_m0_9 fastvit_t8
-deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 resmlp_12_224 gmlp_ti16_224 convit_tiny xcit_nano_12_p16_224
-""".split()
+ghostnetv2_100 ghostnetv3_050 repghostnet_050 starnet_s050 fasternet_t0 shvit_s1 efficientvit_m0 efficientvit_b0
+cpubone_nano selecsls42 hardcorenas_a ese_vovnet19b_slim_dw hgnetv2_b0 convnext_zepto_rms convnext_atto
+convnextv2_atto inception_next_atto edgenext_xx_small mobilevit_xxs mobilevitv2_050 swiftformer_xs efficientformer_l1
+efficientformerv2_s0 pit_ti_224 pvt_v2_b0 levit_128s levit_conv_128s visformer_tiny tiny_vit_5m_224 repvit_m0_9
+fastvit_t8 deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 resmlp_12_224 gmlp_ti16_224 convit_tiny
+xcit_nano_12_p16_224
+""")
 
-OTHERS = """
+OTHERS = _names("""
 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_small_resnet26d_224 eva02_tiny_patch14_224 vit_pe_core_tiny_patch16_384
-vit_small_patch16_dinov3 vit_small_patch16_rope_224 vit_small_patch16_rope_mixed_224 beit_base_patch16_224 cait_xxs24_224
-coat_tiny coat_lite_tiny crossvit_tiny_240 convmixer_768_32 csatv2 cspresnet50 cspdarknet53 darknet17 cs3darknet_focus_s
-cspnext_tiny davit_tiny deit3_small_patch16_224 densenet121 densenetblur121d dpn48b dpn68b
-efficientvim_m1 focalnet_tiny_srf gcvit_xxtiny hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_t
-inception_v3 inception_v4 inception_resnet_v2 lowformer_b0 botnet26t_256 eca_halonext26ts lambda_resnet26t bat_resnext26ts
-gcresnext26ts resnext26ts caformer_s18 convformer_s18 poolformer_s12 poolformerv2_s12 mixer_s32_224 gmixer_12_224
-mvitv2_tiny mvitv2_small_cls naflexvit_base_patch16_gap nest_tiny nextvit_small
-eca_nfnet_l0 nf_resnet26 nf_regnet_b0 dm_nfnet_f0 rdnet_tiny res2net50_14w_8s resnest14d
-resnet50_gn resnetblur18 ecaresnet26t resnext50_32x4d resnetrs50 resnetv2_50x1_bit resnetv2_50d_frn resnetv2_50d_evos
-rexnet_100 sequencer2d_s regnetz_005 regnetz_b16 regnetv_040 swin_tiny_patch4_window7_224 swin_s3_tiny_224
-swinv2_tiny_window8_256 swinv2_cr_tiny_224 tnt_s_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small
-vit_relpos_small_patch16_224 samvit_base_patch16_224 vitamin_small_224 volo_d1_224 vovnet39a legacy_xception
-xception41 xception41p mixnet_s efficientnet_b0 efficientnetv2_rw_t efficientnet_lite0 efficientnet_cc_b0_4e fbnetc_100
-spnasnet_100 tf_efficientnet_es maxxvit_rmlp_nano_rw_256 coatnet_pico_rw_224 mobilenetv5_base
-qwen3_vit_88m gemma4_vit_167m deepseek_vit_412m nasnetalarge pnasnet5large
-""".split()
+vit_small_patch16_dinov3 vit_small_patch16_rope_224 vit_small_patch16_rope_mixed_224 cait_xxs24_224 coat_tiny
+coat_lite_tiny crossvit_tiny_240 convmixer_768_32 csatv2 cspresnet50 cspdarknet53 darknet17 cs3darknet_focus_s
+cspnext_tiny davit_tiny deit3_small_patch16_224 densenet121 densenetblur121d dpn48b dpn68b efficientvim_m1
+focalnet_tiny_srf gcvit_xxtiny hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_t inception_v3 lowformer_b0
+botnet26t_256 eca_halonext26ts lambda_resnet26t bat_resnext26ts gcresnext26ts resnext26ts caformer_s18 convformer_s18
+poolformer_s12 poolformerv2_s12 mixer_s32_224 gmixer_12_224 mvitv2_tiny mvitv2_small_cls naflexvit_base_patch16_gap
+nest_tiny nextvit_small eca_nfnet_l0 nf_resnet26 nf_regnet_b0 rdnet_tiny res2net50_14w_8s resnest14d resnet50_gn
+resnetblur18 ecaresnet26t resnext50_32x4d resnetrs50 resnetv2_50x1_bit resnetv2_50d_frn resnetv2_50d_evos rexnet_100
+sequencer2d_s regnetz_005 regnetz_b16 regnetv_040 swin_tiny_patch4_window7_224 swin_s3_tiny_224
+swinv2_tiny_window8_256 swinv2_cr_tiny_224 tnt_s_patch16_224 twins_pcpvt_small twins_svt_small
+vit_relpos_small_patch16_224 vitamin_small_224 volo_d1_224 vovnet39a legacy_xception xception41 xception41p mixnet_s
+efficientnet_b0 efficientnetv2_rw_t efficientnet_lite0 efficientnet_cc_b0_4e fbnetc_100 spnasnet_100
+tf_efficientnet_es maxxvit_rmlp_nano_rw_256 coatnet_pico_rw_224 vgg11 vgg11_bn beit_base_patch16_224 inception_v4
+inception_resnet_v2 samvit_base_patch16_224 dm_nfnet_f0 tresnet_m mobilenetv5_base qwen3_vit_88m gemma4_vit_167m
+deepseek_vit_412m nasnetalarge pnasnet5large
+""")
 
 ALL = [*QUICK, *OTHERS]
 
@@ -81,11 +87,10 @@ def build(name: str, classes: int = 10) -> tuple[nn.Module, Tensor]:
     import timm
 
     torch.manual_seed(0)
-    for options in ({"img_size": 0}, {}):
+    for options in (("img_size",), ()):
         for size in SIZES:
-            wanted = {key: size for key in options}
             try:
-                net = timm.create_model(name, num_classes=classes, **wanted)
+                net = timm.create_model(name, num_classes=classes, **dict.fromkeys(options, size))
                 x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
                 return _randomised(net, x), x
             except TypeError:  # it takes no img_size
@@ -107,7 +112,7 @@ def _randomised(net: nn.Module, x: Tensor) -> nn.Module:
     for norm in norms:  # the statistics of this batch, so that activations stay of order one
         norm.train()
         norm.momentum = 0.9
-    if norms and min(x.shape[-2:]) > 32:
+    if norms:
         net(torch.cat([x, x.flip(-1)]))
     logits = net.eval()(x)
     if not logits.isfinite().all() or not logits.std() > 0:
@@ -141,11 +146,9 @@ class _Kept(Observer):
 
 def examine(net: nn.Module, x: Tensor, variant: str) -> Outcome:
     """The default splits of ``variant``, and whether the gradients at two of them are those of the reference."""
-    choice = VariantChoice(variant, "auto", "auto")
-    network = SplitNetwork(net, splits=choice)
     try:
-        network.over(x, lambda part: None)
-        splits, feature = network.splits, choice.feature
+        network, feature = _split(net, x, variant)
+        splits = network.splits
         two = [splits[0], splits[len(splits) // 2]][: len(splits)]
         found = _gradients(network, x, two, feature)
     except (ReplayError, ValueError, TypeError) as error:
@@ -155,6 +158,19 @@ def examine(net: nn.Module, x: Tensor, variant: str) -> Outcome:
         result = "equal, by whole passes"
     names = f"{len(splits)}: {splits[0].name} to {splits[-1].name}"
     return Outcome(names, feature.name if feature else "", result)
+
+
+def chosen(net: nn.Module, x: Tensor, variant: str) -> tuple[tuple[Split, ...], Split | None]:
+    """The default splits of ``variant``, and F for A."""
+    network, feature = _split(net, x, variant)
+    return network.splits, feature
+
+
+def _split(net: nn.Module, x: Tensor, variant: str) -> tuple[SplitNetwork, Split | None]:
+    choice = VariantChoice(variant, "auto", "auto")
+    network = SplitNetwork(net, splits=choice)
+    network.over(x, lambda part: None)
+    return network, choice.feature
 
 
 def _gradients(
@@ -242,13 +258,15 @@ def document(rows: Iterable[str]) -> str:
     whole = sum("by whole passes" in line for line in rows)
     head = f"""# timm's architectures
 
-S&I on one small architecture of each of timm's families, with random weights, in float64, at the smallest size of images
-that the network takes: the split points that `splits="auto"` and F that `feature="auto"` choose for Z and A, and whether the
-gradients g_1 and g_2 at the first and at a middle split point, and at F, equal those of a naive reference (whole passes,
-one split point at a time) to {RELATIVE:g} of the largest. "Refused" is an error that says where and what to do instead.
+S&I on one small architecture of each of timm's families, with random weights, in float64, at the smallest size of
+images that the network takes: the split points that `splits="auto"` and F that `feature="auto"` choose for Z and A,
+and whether the gradients g_1 and g_2 at the first and at a middle split point, and at F, equal those of a naive
+reference (whole passes, one split point at a time) to {RELATIVE:g} of the largest. "Refused" is an error that says
+where and what to do instead.
 
-{sum(map(right, rows))} of {len(rows)} are right, {refused} of them refused in a variant or both, {whole} by whole passes.
-torch {torch.__version__}, timm {timm.__version__}; written by `python -m tests.helpers.timm_families`.
+{sum(map(right, rows))} of {len(rows)} are right; of them {refused} are refused in a variant or both, {whole} computed
+by whole passes. torch {torch.__version__}, timm {timm.__version__}; written by
+`python -m tests.helpers.timm_families`.
 
 | Architecture | Size | Z splits | A splits | F | Z | A |
 |---|---|---|---|---|---|---|
