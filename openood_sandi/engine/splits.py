@@ -138,8 +138,8 @@ class RecordedNetwork:
         if leading:
             return leading
         if "auto" in _items(wanted):
-            for points in (self._norms(), self._activations()):
-                earlier = self._leading_to(feature, points)
+            for points in (self._norms, self._activations):
+                earlier = self._leading_to(feature, points())
                 if earlier:
                     return tuple(earlier[i] for i in last_group([self._point(split) for split in earlier]))
         raise ValueError(f"no split point lies before F ({feature.name!r}); name others in splits, or another F")
@@ -186,7 +186,8 @@ class RecordedNetwork:
 
     def _activations(self) -> list[Split]:
         inputs = [call.producers[0] for call in self.calls if call.name in _ACTIVATIONS and call.producers]
-        return [self._split_at(position) for position in dict.fromkeys(inputs) if position >= 0]
+        # a part of what chunk() returns is no result of its own
+        return [self._split_at(p) for p in dict.fromkeys(inputs) if p >= 0 and isinstance(self.calls[p].result, Tensor)]
 
     def _last_stage(self, points: list[Split]) -> list[Split]:
         if self._last_map is None:

@@ -217,3 +217,19 @@ def test_what_lies_beside_f_on_another_branch_is_left_out() -> None:
     assert names(found.before(feature, found.splits("all", default="all"), "all")) == ["early"]
     with pytest.raises(ValueError, match=r"'first.2' lies beside F \('second'\)"):
         found.before(feature, found.splits(["first.2"], default="all"), ["first.2"])
+
+
+class Gated(nn.Module):
+    """No norms; an activation of a whole result, and one of half a result of chunk()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv(self.stem(x).relu()).chunk(2, 1)
+        return self.head((value * gate.sigmoid()).mean((2, 3)))
+
+
+def test_half_a_result_is_no_split_point() -> None:
+    assert names(recorded(Gated()).splits("all", default="all")) == ["stem"]
