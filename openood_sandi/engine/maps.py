@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from openood_sandi.engine.axes import MOVES, PRODUCTS, ChannelAxes
 from openood_sandi.engine.passes import Pass, first_tensor
 from openood_sandi.engine.tape import Call
 
-__all__ = ["last_map"]
+__all__ = ["last_map", "upstream"]
 
 _REDUCTIONS = frozenset(("mean", "sum", "amax", "amin", "max", "logsumexp", "norm", "std", "var", "avg_pool1d"))
 _GLOBAL = _REDUCTIONS | {"avg_pool2d", "avg_pool3d", "lp_pool2d", "__getitem__", "select", "narrow", "index_select"}
@@ -30,6 +30,15 @@ def last_map(recorded: Pass, axes: ChannelAxes) -> int | None:
     cut = next(flow.maps(only_cuts=True), None)
     found = cut if cut is not None and 2 * cut > len(recorded.calls) else next(flow.maps(only_cuts=False), None)
     return None if found is None else flow.returned(recorded, found)
+
+
+def upstream(calls: Sequence[Call], position: int) -> set[int]:
+    """Tape positions of what the result at ``position`` was seen to be computed from, and -1, the images."""
+    found = {-1, position}
+    for earlier in range(min(position, len(calls) - 1), -1, -1):
+        if earlier in found:
+            found.update(calls[earlier].producers)
+    return found
 
 
 class _Flow:

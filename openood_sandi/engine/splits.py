@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.axes import ChannelAxes, Rows, batch_rows, usual_channel_axis
-from openood_sandi.engine.maps import last_map
+from openood_sandi.engine.maps import last_map, upstream
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.norms import channels_of, is_normalisation, normalises_second
 from openood_sandi.engine.passes import Layer, Pass, record_pass
@@ -122,27 +122,37 @@ class RecordedNetwork:
     def before(self, feature: Split, splits: Sequence[Split], wanted: str | Sequence[str]) -> tuple[Split, ...]:
         """Those of the ``splits`` that F can be differentiated by.
 
-        Where none of those that "auto" stands for lies before F, it is the points before F that do, at the resolution
-        of the last of them.
+        Where F depends on none of those that "auto" stands for, it is the points that F does depend on, at the
+        resolution of the last of them.
 
         Raises:
-            ValueError: if ``wanted`` names a split behind F, or no split is left.
+            ValueError: if ``wanted`` names a split behind F or on a branch beside it, or no split is left.
         """
-        end = self._position(feature.site)
-        late = [split for split in splits if self._position(split.site) >= end]
-        for split in late:
-            if split.name in _items(wanted) and self._tensor(split) is not self._tensor(feature):
-                raise ValueError(
-                    f"split point {split.name!r} lies behind F ({feature.name!r}): F does not depend on it"
-                )
-        if len(late) < len(splits):
-            return tuple(split for split in splits if split not in late)
+        leading = self._leading_to(feature, splits)
+        for split in splits:
+            if split not in leading and split.name in _items(wanted):
+                if self._tensor(split) is not self._tensor(feature):
+                    where = "behind" if self._position(split.site) >= self._position(feature.site) else "beside"
+                    raise ValueError(
+                        f"split point {split.name!r} lies {where} F ({feature.name!r}): F does not depend on it"
+                    )
+        if leading:
+            return leading
         if "auto" in _items(wanted):
-            for points in (self._norms(), self._activations()):
-                earlier = [split for split in points if self._position(split.site) < end]
+            for points in (self._norms, self._activations):
+                earlier = self._leading_to(feature, points())
                 if earlier:
                     return tuple(earlier[i] for i in last_group([self._point(split) for split in earlier]))
         raise ValueError(f"no split point lies before F ({feature.name!r}); name others in splits, or another F")
+
+    def _leading_to(self, feature: Split, splits: Sequence[Split]) -> tuple[Split, ...]:
+        """Those of the splits before F, but for those that are seen to lead to the logits and not to F."""
+        made_by, end = self._pass.made_by, self._position(feature.site)
+        inputs, of_logits = (
+            upstream(self.calls, made_by.get(id(tensor), -1)) for tensor in (self._tensor(feature), self._pass.output)
+        )
+        early = [split for split in splits if self._position(split.site) < end]
+        return tuple(split for split in early if made_by.get(id(self._tensor(split)), -1) not in of_logits - inputs)
 
     def _matching(self, item: str) -> list[Split]:
         if item in ("all", "last_stage"):
@@ -177,7 +187,8 @@ class RecordedNetwork:
 
     def _activations(self) -> list[Split]:
         inputs = [call.producers[0] for call in self.calls if call.name in _ACTIVATIONS and call.producers]
-        return [self._split_at(position) for position in dict.fromkeys(inputs) if position >= 0]
+        # a part of what chunk() returns is no result of its own
+        return [self._split_at(p) for p in dict.fromkeys(inputs) if p >= 0 and isinstance(self.calls[p].result, Tensor)]
 
     def _last_stage(self, points: list[Split]) -> list[Split]:
         if self._last_map is None:

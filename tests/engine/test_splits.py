@@ -195,3 +195,41 @@ def test_a_last_stage_behind_f_gives_way_to_what_lies_before() -> None:
     assert names(found.before(feature, found.splits("auto", default="last_stage"), "auto")) == ["conv"]
     with pytest.raises(ValueError, match=r"no split point lies before F \('norm'\)"):
         found.before(feature, found.splits("last_stage", default="all"), "last_stage")
+
+
+class TwoBranches(nn.Module):
+    """Logits from a norm on either of two branches, of which the second one is called last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)) for _ in range(2))
+        self.early, self.head = nn.BatchNorm2d(3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x), self.second(self.early(x))
+        return self.head(first.mean((2, 3))) + self.head(second.mean((2, 3)))
+
+
+def test_what_lies_beside_f_on_another_branch_is_left_out() -> None:
+    found = recorded(TwoBranches())
+    feature = found.feature("auto")
+    assert feature.name == "second"
+    assert names(found.before(feature, found.splits("all", default="all"), "all")) == ["early"]
+    with pytest.raises(ValueError, match=r"'first.2' lies beside F \('second'\)"):
+        found.before(feature, found.splits(["first.2"], default="all"), ["first.2"])
+
+
+class Gated(nn.Module):
+    """No norms; an activation of a whole result, and one of half a result of chunk()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv(self.stem(x).relu()).chunk(2, 1)
+        return self.head((value * gate.sigmoid()).mean((2, 3)))
+
+
+def test_half_a_result_is_no_split_point() -> None:
+    assert names(recorded(Gated()).splits("all", default="all")) == ["stem"]
