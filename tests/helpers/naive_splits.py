@@ -1,7 +1,7 @@
 """The naive reference at split points as the package found them: also at functional calls, and on any axis.
 
-As :mod:`oracle`, whose walk and losses it uses: one split at a time, whole forwards of the untouched network, autograd.
-The package says only where a split is and which of its dimensions is which; no gradient of it is used.
+As ``tests/helpers/oracle.py``, whose walk it uses: one split at a time, whole forwards of the untouched network,
+autograd. The package says only where a split is and which of its dimensions is which; no gradient of it is used.
 """
 
 from __future__ import annotations
