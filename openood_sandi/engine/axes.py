@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.passes import Pass, first_tensor
 from openood_sandi.engine.tape import Call
 
@@ -171,8 +172,10 @@ class ChannelAxes:
         try:
             with torch.no_grad():
                 moved = first_tensor(call.rerun({**values, operand: torch.empty_like(source).copy_(numbers)}))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # an operand that was one of several
-            return None
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # an operand that was one of several
         varying = [] if moved is None else [axis for axis in range(moved.dim()) if _varies(moved, axis)]
         return varying[0] if len(varying) == 1 else None
 

@@ -32,6 +32,7 @@ __all__ = ["Choice", "SplitNetwork"]
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 """From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
@@ -41,7 +42,7 @@ class SplitNetwork:
     """A classifier that is asked for gradients at split points.
 
     >>> network = SplitNetwork(net)
-    >>> network.over(images, lambda part: network.walk(part, Walk(losses), observer))
+    >>> network.over(images, lambda part: network.walk(part, Walk(losses), observer), list)
 
     Args:
         net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
@@ -97,8 +98,8 @@ class SplitNetwork:
             raise RuntimeError("the split points are found on the first batch; score one first")
         return self._splits
 
-    def over(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
-        """``work(part)`` for each of the parts of a batch that fit in memory, in order.
+    def over(self, x: Tensor, work: Callable[[Tensor], T], join: Callable[[list[T]], U]) -> U:
+        """``join`` of ``work(part)`` for each of the parts of a batch that fit in memory, in order.
 
         Meanwhile the parameters are frozen, gradients are enabled, and the split points are known. Where memory
         runs out all of it is done again in smaller parts.
@@ -106,6 +107,7 @@ class SplitNetwork:
         Args:
             x: images (B, C, H, W) as the network expects them, on its device.
             work: may call :meth:`walk`; each part is (b, C, H, W).
+            join: makes one result of those of the parts; ``list`` keeps them apart.
 
         Raises:
             ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
@@ -115,7 +117,7 @@ class SplitNetwork:
         checks.require_images(x)
         checks.require_eval(self.net)
         with self._twin.turn:
-            return self._budget.fit(lambda: self._over_twin(x, work), x)
+            return self._budget.fit(lambda: join(self._over_twin(x, work)), x)
 
     def walk(self, x: Tensor, walk: Walk, observer: Observer, splits: Sequence[Split] | None = None) -> Tensor:
         """Walks the paths from ``x`` (B, C, H, W), tells the observer, and returns the clean logits (B, classes).

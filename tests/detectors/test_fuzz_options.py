@@ -88,6 +88,7 @@ def test_one_option(name: str, value: Any, variant: str) -> None:
                 "is called",
                 "never calls",
                 "lies behind",
+                "lies beside",
             )
         ), text
 

@@ -169,7 +169,7 @@ def chosen(net: nn.Module, x: Tensor, variant: str) -> tuple[tuple[Split, ...], 
 def _split(net: nn.Module, x: Tensor, variant: str) -> tuple[SplitNetwork, Split | None]:
     choice = VariantChoice(variant, "auto", "auto")
     network = SplitNetwork(net, splits=choice)
-    network.over(x, lambda part: None)
+    network.over(x, lambda part: None, list)
     return network, choice.feature
 
 
@@ -185,7 +185,7 @@ def _gradients(
         plan = channel_average_plan(splits, feature, options.ascent, options.top_fraction, options.top_over)
         walk = Walk(plan, attack, feature.site)
     wanted = splits if feature is None else [*splits, feature]
-    network.over(x, lambda part: network.walk(part, walk, kept, wanted))
+    network.over(x, lambda part: network.walk(part, walk, kept, wanted), list)
     return kept.found
 
 

@@ -130,8 +130,8 @@ class SandI:
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = map(torch.cat, zip(*self._network.over(x, self._scored), strict=True))
-        if not finite.is_cuda and not finite.all():  # on a GPU, to look would be to wait for it
+        pred, tau, finite = self._network.over(x, self._scored, _columns)
+        if not finite:
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
         if not self._told_unread:
             self._tell_unread()
@@ -141,11 +141,11 @@ class SandI:
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
-        return _joined([densities for _, densities in self._network.over(x, self._densities)])
+        return self._network.over(x, self._densities, lambda parts: _joined([densities for _, densities in parts]))
 
     def explain(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: (B, R, S)}: the maps A_j of Eq. 10 (of L_attr on the logits), summed over channels."""
-        return _joined(self._network.over(x, self._maps))
+        return self._network.over(x, self._maps, _joined)
 
     def not_finite(self, x: Tensor) -> list[str]:
         """For each of the images ``x`` (B, C, H, W) that has no score, where NaN or infinity comes from."""
@@ -247,22 +247,30 @@ class SandI:
         Raises:
             ValueError: they are all zero, as every gradient is.
         """
-        finite = tau[tau.isfinite()]
-        if not len(finite) or (len(x) < 2 or bool((x == x[:1]).all())):
+        scores = {score for score in tau.tolist() if math.isfinite(score)}
+        if len(scores) > 1:
+            self._told_apart = True
+        if len(scores) != 1 or len(x) < 2 or bool((x == x[:1]).all()):
             return
         self._told_apart = True
-        if bool((finite == 0).all()):
+        if scores == {0.0}:
             raise ValueError(
                 "every gradient of the network is zero, so that no image can be told from another: its output is "
                 "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "
                 "the network that returns its logits"
             )
-        if not self._choice.reads_few_zeros and len(finite) > 1 and bool((finite == finite[0]).all()):
+        if not self._choice.reads_few_zeros:
             _log.warning(
                 "all %d images of the first batch have the same score, %.6g, so they cannot be told apart; try another "
                 "variant or other splits: %r",
-                *(len(finite), float(finite[0]), self),
+                *(len(x), *scores, self),
             )
+
+
+def _columns(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:
+    """Classes and scores of all parts, and False if one is seen not to be finite."""
+    pred, tau, finite = map(torch.cat, zip(*parts, strict=True))
+    return pred, tau, finite.is_cuda or bool(finite.all())  # on a GPU, to look would be to wait for it
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

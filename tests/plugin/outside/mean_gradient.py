@@ -17,7 +17,7 @@ class MeanGradient:
         self.network = SplitNetwork(net, splits=splits)
 
     def __call__(self, x):
-        pred, score = zip(*self.network.over(x, self.part), strict=True)
+        pred, score = zip(*self.network.over(x, self.part, list), strict=True)
         return torch.cat(pred), torch.cat(score)
 
     def part(self, x):
