@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
-from openood_sandi.engine.memory import MemoryBudget
+from openood_sandi.engine.memory import MemoryBudget, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.tape import Site, Tape
 from openood_sandi.engine.walk import Objective, Observer, Walk, walk_splits
@@ -52,7 +52,12 @@ def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: Memor
     objective = Objective(_largest, _largest)
     walk = Walk(lambda logits, feature: dict.fromkeys(chosen, objective), _ATTACK)
     replayed, plain = _Gradients(), _Gradients()
-    expected = walk_plain(net, x, chosen, walk, plain)
+    try:
+        expected = walk_plain(net, x, chosen, walk, plain)
+    except (RuntimeError, ValueError) as error:  # autograd refuses what a record can do without, as out=
+        if is_out_of_memory(error):
+            raise
+        return ""
     try:
         logits = walk_splits(Tape(net, chosen), x, walk, replayed, budget)
     except ReplayError as error:

@@ -167,7 +167,7 @@ class ChannelAxes:
         source, axis = self._tensor(operand).detach(), self._axes[operand]
         shape = [1] * source.dim()
         shape[axis] = -1
-        numbers = torch.arange(1, source.shape[axis] + 1, dtype=source.dtype, device=source.device).view(shape)
+        numbers = torch.arange(1, source.shape[axis] + 1, device=source.device).to(source.dtype).view(shape)
         values = {p: self._x if p < 0 else self._calls[p].result for p in call.producers}
         try:
             with torch.no_grad():
