@@ -118,7 +118,7 @@ def test_other_errors_pass_through() -> None:
                 raised += 1
             else:  # in the look at where images and channels are, which does without what fails
                 assert_equal(found, expected)
-    assert raised > 10
+    assert raised > 5
 
 
 def test_real_failures_are_recognised() -> None:
