@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from openood_sandi.detectors.info import DetectorInfo
     from openood_sandi.detectors.prototype_fusion import PrototypeFusion
     from openood_sandi.detectors.sandi.detector import SandI
+    from openood_sandi.engine.backward import Objective
     from openood_sandi.engine.errors import ReplayError
     from openood_sandi.engine.network import SplitNetwork
-    from openood_sandi.engine.walk import Objective, Observer, Walk
+    from openood_sandi.engine.walk import Observer, Walk
     from openood_sandi.plugin.seams import register
     from openood_sandi.runs.score import score_dataset
 
@@ -30,7 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DetectorInfo": "detectors.info",
     "GradientShortCircuit": "detectors.gsc",
-    "Objective": "engine.walk",
+    "Objective": "engine.backward",
     "Observer": "engine.walk",
     "PrototypeFusion": "detectors.prototype_fusion",
     "ReplayError": "engine.errors",

@@ -28,6 +28,7 @@ _CHOICES = {
     "attribution": ("max_logit", "cross_entropy"),
     "ascent": ("cross_entropy", "max_logit"),
     "top_over": ("channels", "labels"),
+    "denominator": ("mean", "channel"),
 }
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
