@@ -82,6 +82,7 @@ class SandIC(Detector):
     """
 
     fitted = INFO.fitted
+    _summaries: Summaries | None
 
     @plain_numbers
     def __init__(
@@ -125,7 +126,7 @@ class SandIC(Detector):
         self.prototypes: Mapping[str, Tensor] = {}
         self.feature_mean = torch.zeros(0, dtype=torch.double)
         self.statistics: Mapping[str, Tensor] = {}
-        self._summaries: Summaries | None = None
+        self._summaries = None
         self._sums: ShareSums | None = None
         self._feature_sum: Tensor | None = None
 
@@ -142,8 +143,8 @@ class SandIC(Detector):
             raise ValueError("no training images: expected ID images that the network was trained on, for prototypes")
         if len(held.pred) < 2:
             raise ValueError(
-                f"{len(held.pred)} ID image(s) for means and deviations, which no prototype is made of; expected {FEW} or "
-                "more: give more images to fit, or val"
+                f"{len(held.pred)} ID image(s) for means and deviations, which no prototype is made of; expected {FEW} "
+                "or more: give more images to fit, or val"
             )
         if len(held.pred) < FEW:
             _log.warning("means and deviations are of %d ID images, fewer than %d: they are rough", len(held.pred), FEW)
@@ -163,7 +164,8 @@ class SandIC(Detector):
         score = self._standard("b", self._base(values)).clamp_min(FLOOR)
         for name in ("d", "z") if self._z_counts else ("d",):
             score += (self._standard(name, values[name]) - self.gate).clamp_min(0)
-        return score.masked_fill(summary.m.isnan(), math.nan)
+        scores: Tensor = score.masked_fill(summary.m.isnan(), math.nan)
+        return scores
 
     def _values(self, summary: Summary) -> dict[str, Tensor]:
         """m, D, Z and, where it is not left out, f, larger for OOD, (B,) each in float64."""
@@ -180,11 +182,11 @@ class SandIC(Detector):
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
         """Less the mean, over the standard deviation on ID images."""
-        mean, deviation = self.statistics[name].tolist()
+        mean, deviation = map(float, self.statistics[name])
         return (values - mean) / deviation
 
     def _by_stage(self, shares: Tensor) -> Sequence[Tensor]:
-        return shares.split(self._found.widths, 1)
+        return torch.split(shares, self._found.widths, 1)
 
     @property
     def _found(self) -> Summaries:

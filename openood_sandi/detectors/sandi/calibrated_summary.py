@@ -87,7 +87,7 @@ def _shares(found: ActivationPass) -> dict[int, Tensor]:
     every = torch.cat(list(found.counts.values()), 1)  # divided all at once, as there can be a hundred
     widths = [count.shape[1] for count in found.counts.values()]
     every.div_(_positions(tuple(found.positions.values()), tuple(widths), every.device))
-    return dict(zip(found.counts, every.split(widths, 1), strict=True))
+    return dict(zip(found.counts, torch.split(every, widths, 1), strict=True))
 
 
 @lru_cache(maxsize=8)
