@@ -41,4 +41,5 @@ class DecisionBoundaries:
 def fdbd(distance: Tensor, features: Tensor, mean: Tensor) -> Tensor:
     """f (B,), larger for OOD, from mean distances (B,), features h (B, D) and their mean over training images (D,)."""
     away = torch.linalg.vector_norm(features.double() - mean.double(), dim=1)
-    return -distance / away.clamp_min(torch.finfo(torch.double).tiny)
+    f: Tensor = -distance / away.clamp_min(torch.finfo(torch.double).tiny)
+    return f
