@@ -21,7 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.detectors.detector import Detector, Score
 from openood_sandi.detectors.info import DetectorInfo
+from openood_sandi.detectors.options import plain_numbers
 from openood_sandi.engine.features import Penultimate
 
 __all__ = ["INFO", "GradientShortCircuit", "short_circuited"]
@@ -40,7 +42,7 @@ INFO = DetectorInfo(
 _SCORES = ("energy", "msp")
 
 
-class GradientShortCircuit:
+class GradientShortCircuit(Detector):
     """The GSC detector: ``pred, score = GradientShortCircuit(net)(x)``, a larger score for OOD.
 
     Args:
@@ -52,23 +54,31 @@ class GradientShortCircuit:
         ValueError: an option is out of range; at the first batch, if the last layer is not linear.
     """
 
+    @plain_numbers
     def __init__(self, net: nn.Module, *, mask_ratio: float = 0.02, score: str = "energy") -> None:
         if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, (int, float)) or not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio={mask_ratio!r}: expected a share, from 0 to 1")
         if score not in _SCORES:
             raise ValueError(f"score={score!r}: expected one of {', '.join(map(repr, _SCORES))}")
-        self.mask_ratio, self.score = mask_ratio, score
+        self.options = {"mask_ratio": mask_ratio, "score": score}
         self._features = Penultimate(net)
 
+    @property
+    def net(self) -> nn.Module:
+        """The network."""
+        return self._features.net
+
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) to predicted classes (B,) int64 and scores (B,)."""
+    def _summary(self, x: Tensor) -> Score:
         features, logits = self._features(x)
         pred = logits.argmax(1)
-        logits = short_circuited(features, logits, self._features.head(x).weight, self.mask_ratio)
-        if self.score == "energy":
-            return pred, -logits.logsumexp(1)
-        return pred, -logits.softmax(1).amax(1)
+        logits = short_circuited(features, logits, self._features.head(x).weight, self.options["mask_ratio"])
+        if self.options["score"] == "energy":
+            return Score(pred, -logits.logsumexp(1))
+        return Score(pred, -logits.softmax(1).amax(1))
+
+    def _scored(self, summary: Score) -> Tensor:
+        return summary.score
 
 
 def short_circuited(features: Tensor, logits: Tensor, weight: Tensor, mask_ratio: float) -> Tensor:
