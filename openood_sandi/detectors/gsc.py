@@ -23,8 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.detectors.detector import Detector, Score
 from openood_sandi.detectors.info import DetectorInfo
-from openood_sandi.detectors.options import require_name
+from openood_sandi.detectors.options import plain_numbers, require_name
 from openood_sandi.engine.features import Penultimate, stages
 from openood_sandi.engine.suffix import sensitivity
 
@@ -44,7 +45,7 @@ INFO = DetectorInfo(
 _SCORES = ("energy", "msp")
 
 
-class GradientShortCircuit:
+class GradientShortCircuit(Detector):
     """The GSC detector: ``pred, score = GradientShortCircuit(net)(x)``, a larger score for OOD.
 
     Args:
@@ -59,34 +60,52 @@ class GradientShortCircuit:
             or there is no such layer.
     """
 
+    @plain_numbers
     def __init__(self, net: nn.Module, *, mask_ratio: float = 0.02, score: str = "energy", layer: str = "auto") -> None:
         if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, (int, float)) or not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio={mask_ratio!r}: expected a share, from 0 to 1")
         if score not in _SCORES:
             raise ValueError(f"score={score!r}: expected one of {', '.join(map(repr, _SCORES))}")
         require_name(layer=layer)
-        self.mask_ratio, self.score, self.layer = mask_ratio, score, layer
+        self.options = {"mask_ratio": mask_ratio, "score": score, "layer": layer}
         self._features = Penultimate(net)
+        self._last_stage: str | None = None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) to predicted classes (B,) int64 and scores (B,)."""
-        pred, logits = self._at_linear_head(x) if self.layer == "auto" else self._at_layer(x)
-        if self.score == "energy":
-            return pred, -logits.logsumexp(1)
-        return pred, -logits.softmax(1).amax(1)
+    @property
+    def net(self) -> nn.Module:
+        """The network."""
+        return self._features.net
+
+    def _summary(self, x: Tensor) -> Score:
+        pred, logits = self._at_linear_head(x) if self.options["layer"] == "auto" else self._at_layer(x)
+        if self.options["score"] == "energy":
+            return Score(pred, -logits.logsumexp(1))
+        return Score(pred, -logits.softmax(1).amax(1))
+
+    def _scored(self, summary: Score) -> Tensor:
+        return summary.score
 
     @torch.no_grad()
     def _at_linear_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self._features(x)
-        return logits.argmax(1), short_circuited(features, logits, self._features.head(x).weight, self.mask_ratio)
+        weight = self._features.head(x).weight
+        return logits.argmax(1), short_circuited(features, logits, weight, self.options["mask_ratio"])
 
     def _at_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        net = self._features.net
-        if self.layer == "last_stage":
-            self.layer = _last_stage(net, x)
-        after = sensitivity(net, self.layer, x)
-        removed = _most_sensitive(after.feature.flatten(1), after.gradient.flatten(1), self.mask_ratio)
+        after = sensitivity(self.net, self._layer(x), x)
+        removed = _most_sensitive(after.feature.flatten(1), after.gradient.flatten(1), self.options["mask_ratio"])
         return after.logits.argmax(1), after.logits_moved(-removed.view_as(after.feature))
+
+    def _layer(self, x: Tensor) -> str:
+        """The name of the layer, by the images ``x`` where it is that of the last map."""
+        if self.options["layer"] != "last_stage":
+            return str(self.options["layer"])
+        if self._last_stage is None:
+            names = stages(self.net, x)
+            if not names:
+                raise ValueError("layer='last_stage': the network has no feature maps; name the layer")
+            self._last_stage = names[-1]
+        return self._last_stage
 
 
 def short_circuited(features: Tensor, logits: Tensor, weight: Tensor, mask_ratio: float) -> Tensor:
@@ -102,11 +121,3 @@ def _most_sensitive(features: Tensor, gradient: Tensor, mask_ratio: float) -> Te
     count = round(mask_ratio * features.shape[1])
     largest = gradient.abs().topk(count, dim=1).indices
     return torch.zeros_like(features).scatter(1, largest, features.gather(1, largest))
-
-
-def _last_stage(net: nn.Module, x: Tensor) -> str:
-    """The name of the module that ends the last stage."""
-    names = stages(net, x)
-    if not names:
-        raise ValueError("layer='last_stage': the network has no feature maps; name the layer")
-    return names[-1]
