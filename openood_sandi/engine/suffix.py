@@ -100,7 +100,7 @@ def _cut(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _module(net: nn.Module, name: str) -> nn.Module:
-    modules = dict(net.named_modules())
+    modules: dict[str, nn.Module] = dict(net.named_modules())
     if name not in modules or not name:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4) or [*modules][-4:]
         raise ValueError(f"layer={name!r}: the network has no module of that name; did you mean {' or '.join(near)}?")
