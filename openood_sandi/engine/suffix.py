@@ -72,9 +72,8 @@ def sensitivity(net: nn.Module, layer: str, x: Tensor) -> Sensitivity:
 
 def _cut(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output of the module, as a variable, and the logits that were computed from it."""
-    name, _, number = layer.partition("#")
-    module = _module(net, name)
-    wanted = int(number) if number.isdecimal() else 1
+    name, _, number = layer.partition("#") if layer.partition("#")[2].isdecimal() else (layer, "", "1")
+    module, wanted = _module(net, name), int(number)
     found: list[Tensor] = []
     calls = 0
 
