@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
+from openood_sandi import GradientShortCircuit
 from openood_sandi.plugin import scripts, standins
-from tests.helpers import tiny
+from tests.helpers import installation, tiny
 from tests.plugin.conftest import git_status
 
 CONFIGS = [
@@ -218,3 +221,44 @@ def test_a_package_of_the_extra_that_is_missing_names_it() -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         assert str(caught.value).count('pip install "openood-sandi[openood]"') == told
         assert str(caught.value).startswith(f"No module named {name!r}")
+
+
+# ---------------------------------------------------------------------------------------- all of it
+
+
+def run(*arguments: str, checkout: Path) -> str:
+    return installation.run(installation.wheel_python(), *arguments, cwd=checkout).stdout
+
+
+@pytest.mark.slow
+def test_the_same_command_twice(checkout: Path) -> None:
+    arguments = ["main.py", "--config", *CONFIGS, "configs/postprocessors/msp.yml", *CHECKPOINT, "--num_gpus", "0"]
+    for _ in range(2):  # the second would be asked on stdin, which there is none of
+        run(*arguments, "--mark", "twice", checkout=checkout)
+    text = (checkout / "results/cifar100_resnet18_32x32_test_ood_ood_msp_twice/s0/ood/ood.csv").read_text()
+    names = [line.partition(",")[0] for line in text.splitlines()]
+    assert names == ["dataset", *tiny.NEAR, "nearood", *tiny.FAR, "farood"]
+
+
+@pytest.mark.slow
+def test_eval_ood_with_options(checkout: Path) -> None:
+    root = checkout / tiny.CHECKPOINT.parents[1]
+    own = [
+        "scripts/eval_ood.py",
+        "--root",
+        str(root),
+        "--id-data",
+        "cifar100",
+        "--postprocessor",
+        "gsc",
+        "--save-score",
+    ]
+    run(*own, "--postprocessor.postprocessor_args.mask_ratio", "0.5", checkout=checkout)
+    finished = root / "s0/scores/gsc.pkl"
+    try:
+        scores = pickle.loads(finished.read_bytes())
+    finally:
+        finished.unlink()
+    _, expected = GradientShortCircuit(tiny.network(), mask_ratio=0.5)(tiny.read_images(checkout, "svhn"))
+    np.testing.assert_allclose(scores["ood"]["far"]["svhn"][1], -expected.numpy(), rtol=1e-5)
+    assert git_status(checkout) == ""
