@@ -334,7 +334,8 @@ def _of_these_files(stored: Mapping[int, BatchScores], paths: Paths | None) -> d
 def _is_same(stored: Mapping[int, BatchScores] | None, batches: Mapping[int, BatchScores]) -> bool:
     """Whether a file has these batches and no others, to the last bit, and says where the images' files are now."""
     return (
-        bool(stored)
+        stored is not None
+        and len(stored) > 0
         and stored.keys() == batches.keys()
         and all(
             batch.equals(batches[number]) and np.array_equal(batch.contents, batches[number].contents)

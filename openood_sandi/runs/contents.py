@@ -129,7 +129,7 @@ def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_]
     seen = np.array([_seen(path) for path in paths], np.int64).reshape(-1, 4).view(np.uint64)
     known = np.stack([kept[name].view(np.uint64) for name in ("device", "inode", "size", "changed")], 1)
     same = (seen == known).all(1)
-    for place in np.flatnonzero(~same):
+    for place in np.flatnonzero(~same).tolist():
         try:
             now[place] = look(paths[place])
         except (OSError, ValueError):  # the image is scored again, and that says what is wrong
@@ -165,7 +165,7 @@ def _memory(file: Path) -> list[Record]:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # there is none, or it is damaged: files are read again
         return []
-    return found.tolist() if found.dtype == RECORD and found.ndim == 1 else []  # type: ignore[no-any-return]
+    return found.tolist() if found.dtype == RECORD and found.ndim == 1 else []
 
 
 def _checked(path: str, found: os.stat_result) -> os.stat_result:
