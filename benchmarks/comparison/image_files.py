@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int], transform: Any) -> None:
         self._folder, self.names, self._transform = folder, names, transform
         self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """The path of each, by which :mod:`openood_sandi.runs.contents` tells what is in it."""
+        return [os.path.join(self._folder, name) for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from networks.catalogue import Normalisation
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from openood_sandi.runs import keys
+
+from .training import default_cache
 
 Group = Literal["ID", "near", "far"]
 
@@ -28,6 +32,12 @@ class ImageSet:
     description: str
     fingerprint: str
     """A hash of all that decides what is scored: the images, their order, their labels and their preprocessing."""
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """:attr:`fingerprint` with what is in the files, if the images are files: all are read, if not known yet."""
+        known = getattr(self.dataset, "contents", None)
+        return known if isinstance(known, str) else keys.contents(self.dataset, default_cache(), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # Dataset itself does not promise a length
@@ -95,18 +105,11 @@ class Suite:
         )
 
 
-def digest(*parts: str | bytes | Tensor) -> str:
-    """The SHA-256, in hexadecimal, of texts, bytes and tensors in turn (which must not run into each other)."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        content = part.encode() if isinstance(part, str) else part
-        total.update(len(content).to_bytes(8, "big") + content)
-    return total.hexdigest()
+def digest(*parts: object) -> str:
+    """A digest of texts, tensors and whatever else in turn: see :func:`openood_sandi.runs.keys.state`."""
+    return keys.state({"parts": parts})
 
 
 def state_digest(network: nn.Module) -> str:
-    """The hash of the names and values of a network's parameters and buffers."""
-    return digest(*(part for item in network.state_dict().items() for part in item))
+    """A digest of the names and values of a network's parameters and buffers."""
+    return digest(network.state_dict())
