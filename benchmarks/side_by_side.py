@@ -162,6 +162,8 @@ class _Comparison:
         """An error of the method's is noted, unless other ranks are waiting for this one's scores."""
         try:
             yield
+        except SourceError:  # images that nobody can read
+            raise
         except Exception as error:
             if ranks.world_size() > 1 and not alone:
                 raise

@@ -87,7 +87,7 @@ def _text(frame: pd.DataFrame, spread: bool = True) -> pd.DataFrame:
 
 def remarks(suite: Suite, failures: Sequence[Failure]) -> list[str]:
     """What is not in the tables, and why: a line each."""
-    lines = [f"Missing: {sentence}" for sentence in suite.missing]
+    lines = [*suite.notes, *(f"Missing: {sentence}" for sentence in suite.missing)]
     return lines + [f"No row for {failure.method}: {failure.reason}" for failure in failures]
 
 
@@ -151,6 +151,7 @@ def _record(
         "data": suite.name,
         "protocol": suite.protocol,
         "missing": list(suite.missing),
+        "notes": list(suite.notes),
         "network": suite.network_name,
         "network_description": suite.network_description,
         "weights": [run.suite.weights for run in runs],

@@ -28,7 +28,8 @@ class NetworkParts:
         self.head: LinearHead | None = None
         self.fitted_on: dict[str, tuple[ImageSet, ...]] = {
             "training": (suite.training,) if suite.training else (),
-            "validation": suite.validation or (),
+            "validation": (suite.validation or ())[:1],
+            "OOD validation": (suite.validation or ())[1:],
         }
         self._problems: dict[str, str] = {
             need: f"needs {need} images, which {suite.name} has none of here"

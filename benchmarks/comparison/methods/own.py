@@ -90,6 +90,6 @@ def _build(
     made = detector(suite.network.to(device), **options)
     if hasattr(made, "fit"):
         assert suite.training is not None
-        made.fit(suite.training.loader(batch_size))
+        made.fit(suite.training.to_fit_on(batch_size))
     scorer: Scorer = made
     return scorer

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from networks.catalogue import openood_importable
+from networks.libraries import openood_importable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -36,7 +36,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 
     def add(name: str, title: str, needs: Sequence[Need], options: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         searched = name + "-search" if sweep else name
-        needs = (*needs, "validation") if sweep else needs
+        needs = (*needs, "validation", "OOD validation") if sweep else needs
         lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
         if name == "odin" and (channels := parts.image.shape[1]) != 3:
             lacking = lacking or f"OpenOOD's takes images of 3 channels, not {channels}"
@@ -180,9 +180,9 @@ def _postprocessor(name: str, suite: Suite, options: Options, sweep: Options) ->
 
 def _loaders(suite: Suite, batch_size: int) -> dict[str, DataLoader[Any]]:
     """Image sets as OpenOOD's loaders give them: dictionaries of images and labels."""
-    known, unknown = suite.validation or (None, None)
+    known, unknown = (*(suite.validation or ()), None, None)[:2]
     sets = {"train": suite.training, "val": known, "val-ood": unknown}
-    return {name: images.loader(batch_size, collate=_named) for name, images in sets.items() if images is not None}
+    return {name: images.to_fit_on(batch_size, _named) for name, images in sets.items() if images is not None}
 
 
 def _named(items: list[Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
 
     def features(images: ImageSet) -> tuple[Tensor, Tensor]:
         """Penultimate features (N, D) and labels (N,) of a set, on the CPU."""
-        found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.loader(batch_size)]
+        found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.to_fit_on(batch_size)]
         return torch.cat([some for some, _ in found]), torch.cat([labels for _, labels in found])
 
     def read(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,7 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
     else:
         assert parts.head is not None
         detector, predict = _of_features(name, as_linear(parts.head), options)
-        if name == "react":
-            assert suite.validation is not None
+        if name == "react" and suite.validation:
             detector.fit_feature_maps(*features(suite.validation[0]))
         elif detector.requires_fit:
             assert suite.training is not None
