@@ -28,6 +28,8 @@ from comparison.console import device, positive, progress
 from comparison.environment import environment, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
+from comparison.methods.baselines import BASELINES
+from comparison.methods.own import SETTINGS
 from comparison.table import Run, results
 from networks import SourceError
 
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     sources.add_arguments(parser)
     add = parser.add_argument
-    names = "names, 'default' or 'all'; a wrong name lists them; default: default"
+    names = "names or titles, 'default' or 'all'; a wrong one lists them; default: default"
     add("--methods", nargs="+", default=["default"], metavar="METHOD", help=names)
     add("--limit", type=positive, help="use only LIMIT images of every set")
     add("--batch-size", type=positive, default=200, help="default: %(default)s")
@@ -177,13 +179,19 @@ def _chosen(
 ) -> tuple[list[Method], dict[str, str]]:
     """The methods that the command line names, in the registry's order, and those of them that cannot run, and why."""
     known = [*runnable, *reasons]
+    titles = {method.title: name for name, method in runnable.items()}
+    titles |= {baseline.title: name for name, baseline in BASELINES.items()}
+    titles |= {title: name for name, (title, _) in SETTINGS.items()}
+    called = {title.casefold(): name for title, name in titles.items() if name in known}
+    called |= {name.casefold(): name for name in ("default", "all", *known)}
     names: set[str] = set()
     for name in wanted:
-        if name not in ("default", "all", *known):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+        if name.casefold() not in called:
+            near = difflib.get_close_matches(name.casefold(), called, 1)
+            hint = f"; did you mean {called[near[0]]}?" if near else ""
             parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
-        names |= set(methods.DEFAULT if name == "default" else known if name == "all" else [name])
+        found = called[name.casefold()]
+        names |= set(methods.DEFAULT if found == "default" else known if found == "all" else [found])
     chosen = [method for name, method in runnable.items() if name in names]
     return chosen, {name: reason for name, reason in reasons.items() if name in names}
 

@@ -26,6 +26,7 @@ from .console import progress
 from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer
+from .methods.shared import nothing_shared
 from .suite import ImageSet, Suite, digest, is_marked, marked
 
 SHARE = 0.5
@@ -127,12 +128,14 @@ class Evaluation:
         return replace(kept, notes=(*kept.notes, *notes))
 
     def scores(self, method: Method) -> dict[str, Scored]:
-        """The method's scores of every set, by name, ID first. Those that are kept are not computed again.
+        """The method's scores of every test set, by name, ID first, and of the validation ID set for a threshold.
+
+        Those that are kept are not computed again.
 
         Raises ValueError if a score is not finite, SourceError if all images of a set are damaged and left out.
         """
         found = {}
-        for images in self._suite.test_sets:
+        for images in (*self._suite.test_sets, *(self._suite.validation or ())[:1]):
             pred, scores, labels = self._scored(method, images)
             damaged = self._damaged[images.name] = is_marked(labels)
             labels = np.where(damaged, marked(labels), labels)
@@ -168,7 +171,8 @@ class Evaluation:
         def made() -> tuple[Scorer, Tensor]:
             return self._scorer(method), next(iter(self._loader(known)))[0]
 
-        return kept_expense(self._costs, key, self._suite.network, made, self._device)
+        with nothing_shared():
+            return kept_expense(self._costs, key, self._suite.network, made, self._device)
 
     def _scorer(self, method: Method) -> Scorer:
         """Built when first needed: with all scores at hand, never."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openood_sandi import SandI
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
 from openood_sandi.detectors.options import options_of
 from openood_sandi.plugin import registry
 
@@ -17,6 +17,7 @@ from ..suite import Suite
 from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
+from .shared import SharedNetwork, with_shared_means
 
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
@@ -87,7 +88,13 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 def _build(
     suite: Suite, device: torch.device, batch_size: int, *, detector: Callable[..., Any], options: Mapping[str, Any]
 ) -> Scorer:
-    made = detector(suite.network.to(device), **options)
+    network = suite.network.to(device)
+    image = suite.in_distribution.dataset[0][0].unsqueeze(0).to(device)
+    if detector is GradientShortCircuit:
+        network = SharedNetwork(network, image)
+    made = detector(network, **options)
+    if isinstance(made, PrototypeFusion):
+        made = with_shared_means(made, image)
     if hasattr(made, "fit"):
         assert suite.training is not None
         made.fit(suite.training.to_fit_on(batch_size))

@@ -23,9 +23,12 @@ from openood_sandi.plugin import registry, standins
 from ..suite import Suite
 from .baselines import BASELINES, NEEDS, Need
 from .method import Library, Method, Offer, Scorer
-from .network import NetworkParts, OpenOODNetwork, frozen, remembering
+from .network import NetworkParts, OpenOODNetwork, frozen
+from .shared import SharedNetwork
 
 Options = Mapping[str, Any]
+SHARED = ("msp", "ebo", "mls", "gen", "react", "ash", "scale", "knn", "vim", "fdbd", "nci")
+"""Methods that read nothing but logits and penultimate features."""
 
 
 def offer(suite: Suite, parts: NetworkParts) -> Offer:
@@ -95,8 +98,11 @@ def _build(
             'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
         )
     backbone = plain = suite.network.to(device)
+    image = suite.in_distribution.dataset[0][0].unsqueeze(0).to(device)
+    if name in SHARED:
+        plain = SharedNetwork(backbone, image)
     if name in BASELINES and "head" in BASELINES[name].needs:
-        plain = _with_interface(backbone, NetworkParts(suite).image)
+        plain = _with_interface(plain, image)
     network = _wrapper(name)(plain)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
@@ -105,8 +111,7 @@ def _build(
     with current, frozen(backbone), contextlib.redirect_stdout(sys.stderr):
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
-            with remembering(plain) if name in BASELINES else contextlib.nullcontext():
-                _search(network, loaders, postprocessor)
+            _search(network, loaders, postprocessor)
     if name in registry.infos():
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 

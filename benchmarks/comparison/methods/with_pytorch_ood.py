@@ -22,6 +22,7 @@ from ..suite import ImageSet, Suite
 from .baselines import BASELINES
 from .method import Method, Offer, Scorer
 from .network import Blocks, NetworkParts, as_linear, frozen, mean_over_positions, outputs_of
+from .shared import SharedNetwork
 
 logging.getLogger("pytorch_ood").addHandler(logging.NullHandler())
 
@@ -61,6 +62,8 @@ def import_problem() -> str | None:
 def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Mapping[str, Any]) -> Scorer:
     network = suite.network.to(device)
     parts = NetworkParts(suite)
+    if name not in IMAGES:
+        network = SharedNetwork(network, parts.image)
     penultimate = Penultimate(network)
 
     def features(images: ImageSet) -> tuple[Tensor, Tensor]:
