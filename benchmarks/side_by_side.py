@@ -28,8 +28,6 @@ from comparison.console import device, positive, progress
 from comparison.environment import environment, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
-from comparison.methods.baselines import BASELINES
-from comparison.methods.own import SETTINGS
 from comparison.table import Run, results
 from networks import SourceError
 
@@ -100,9 +98,9 @@ class _Comparison:
         options = self._options
         for seed in options.seeds:
             suite = self._decoder.suite(sources.load(options, seed).limited(options.limit))
-            chosen, reasons = _chosen(options.methods, *methods.available(suite))
+            chosen, reasons, asked = _chosen(options.methods, *methods.available(suite))
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
-            self.failed |= any(name in options.methods for name in reasons)
+            self.failed |= not asked.isdisjoint(reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
             outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
@@ -176,24 +174,21 @@ class _Comparison:
 
 def _chosen(
     wanted: Sequence[str], runnable: dict[str, Method], reasons: dict[str, str]
-) -> tuple[list[Method], dict[str, str]]:
-    """The methods that the command line names, in the registry's order, and those of them that cannot run, and why."""
+) -> tuple[list[Method], dict[str, str], set[str]]:
+    """The methods that the command line names, in the registry's order; those of them that cannot run, and why; and
+    which it asks for one by one."""
     known = [*runnable, *reasons]
-    titles = {method.title: name for name, method in runnable.items()}
-    titles |= {baseline.title: name for name, baseline in BASELINES.items()}
-    titles |= {title: name for name, (title, _) in SETTINGS.items()}
-    called = {title.casefold(): name for title, name in titles.items() if name in known}
-    called |= {name.casefold(): name for name in ("default", "all", *known)}
-    names: set[str] = set()
+    called = methods.called(runnable, known)
     for name in wanted:
         if name.casefold() not in called:
             near = difflib.get_close_matches(name.casefold(), called, 1)
             hint = f"; did you mean {called[near[0]]}?" if near else ""
             parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
-        found = called[name.casefold()]
-        names |= set(methods.DEFAULT if found == "default" else known if found == "all" else [found])
+    asked = {called[name.casefold()] for name in wanted}
+    groups = {"default": methods.DEFAULT, "all": known}
+    names = {name for one in asked for name in groups.get(one, [one])}
     chosen = [method for name, method in runnable.items() if name in names]
-    return chosen, {name: reason for name, reason in reasons.items() if name in names}
+    return chosen, {name: reason for name, reason in reasons.items() if name in names}, asked
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .suite import ImageSet, Suite
 FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
 METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
-"""Columns of the metrics, in percent. Each has its spread beside it: ``low``, ``high`` and, of several runs, ``std``."""
+"""Columns of the metrics, in percent. Beside each is its spread: ``low``, ``high`` and, of several runs, ``std``."""
 KEPT = 0.95
 """Of the validation ID images, the share that the fitted threshold keeps."""
 DECISION = ("ID lost at threshold", "OOD let in at threshold")
