@@ -129,6 +129,7 @@ some_options = st.fixed_dictionaries(
         "top_fraction": st.floats(0.01, 1.0),
         "top_over": st.sampled_from(["channels", "labels"]),
         "splitting": st.booleans(),
+        "stop_at_flip": st.booleans(),
     }
 )
 
