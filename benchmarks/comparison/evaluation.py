@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer
 from .methods.shared import nothing_shared
-from .suite import ImageSet, Suite, digest, is_marked, marked
+from .suite import ImageSet, Suite, is_marked, marked
 
 SHARE = 0.5
 """Of the free memory, what images may take: a set that does not fit is decoded anew for each method."""
@@ -38,6 +39,8 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
         self._images, self._batch_size, self._workers = images, batch_size, workers
+        self.contents = images.contents
+        """See :attr:`ImageSet.contents`."""
 
     def __len__(self) -> int:
         return len(self._images)
@@ -50,6 +53,8 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
     def _all(self) -> tuple[Tensor, Tensor]:
         batches = self._images.loader(self._batch_size, self._workers)
         images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batch"), strict=True)
+        if replace(self._images).contents != self.contents:  # looked at anew
+            raise RuntimeError(f"The images of {self._images.name} have changed while they were read; start again.")
         return torch.cat(images), torch.cat(labels)
 
 
@@ -66,14 +71,12 @@ class Decoder:
         return suite.mapped(self._images, training=True)
 
     def _images(self, images: ImageSet) -> ImageSet:
-        if images.fingerprint not in self._known:
+        if images.contents not in self._known:
             taken = len(images) * images.dataset[0][0].nbytes
             fits = taken <= self._free
-            self._known[images.fingerprint] = (
-                Decoded(images, self._batch_size, self._workers) if fits else images.dataset
-            )
+            self._known[images.contents] = Decoded(images, self._batch_size, self._workers) if fits else images.dataset
             self._free -= taken if fits else 0
-        return replace(images, dataset=self._known[images.fingerprint])
+        return replace(images, dataset=self._known[images.contents])
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,17 @@ class Evaluation:
     def scores(self, method: Method) -> dict[str, Scored]:
         """The method's scores of every test set, by name, ID first, and of the validation ID set for a threshold.
 
-        Those that are kept are not computed again.
+        Those that are kept are not computed again, but for a batch of a set drawn at random: see
+        :mod:`openood_sandi.runs.canary`.
 
         Raises ValueError if a score is not finite, SourceError if all images of a set are damaged and left out.
         """
         found = {}
+        # One that is fitted takes far longer to make than its scores take to read.
+        fitted = any(need in method.options for need in ("training", "validation", "OOD validation"))
+        checked = None if fitted else secrets.choice(self._suite.test_sets)
         for images in (*self._suite.test_sets, *(self._suite.validation or ())[:1]):
-            pred, scores, labels = self._scored(method, images)
+            pred, scores, labels = self._scored(method, images, canary=images is checked)
             damaged = self._damaged[images.name] = is_marked(labels)
             labels = np.where(damaged, marked(labels), labels)
             if images.unreadable == "skip":
@@ -149,7 +156,7 @@ class Evaluation:
             found[images.name] = Scored(pred, labels, scores.astype(np.float64))
         return found
 
-    def _scored(self, method: Method, images: ImageSet) -> tuple[npt.NDArray[Any], ...]:
+    def _scored(self, method: Method, images: ImageSet, canary: bool) -> tuple[npt.NDArray[Any], ...]:
         """Predictions, scores and labels, those of damaged images marked, from the cache or computed."""
         try:
             return score_dataset(
@@ -158,6 +165,7 @@ class Evaluation:
                 self._device,
                 cache=self._scores,
                 key=self._key(method, images),
+                canary=canary,
                 progress=f"{method.name} {images.name}" if sys.stderr.isatty() else False,
             )
         except UnreadableImage as error:  # no method can go on
@@ -186,10 +194,11 @@ class Evaluation:
     def _key(self, method: Method, images: ImageSet) -> dict[str, object]:
         """All that decides the scores; the cache adds the digest of the package's code."""
         suite = self._suite
-        fitted = [part.fingerprint for part in (suite.training, *(suite.validation or ())) if part is not None]
+        fitted = [part.contents for part in (suite.training, *(suite.validation or ())) if part is not None]
         others = {
             "source": [method.source, library_version(method.source)],
             "methods' code": _methods_code(),
+            "contents": images.contents,
             "fitted on": fitted,
             "batch size": self._batch_size,
             "device": self._device.type,
@@ -199,5 +208,5 @@ class Evaluation:
 
 @functools.cache
 def _methods_code() -> str:
-    """A digest of the sources that turn methods' names into scorers."""
-    return digest(*(path.read_bytes() for path in sorted(Path(methods.__file__).parent.glob("*.py"))))
+    """A digest of the sources that turn methods' names into scorers, and of all that they import."""
+    return keys.sources(methods.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ def split(known: ImageSet, shares: Sequence[float]) -> tuple[ImageSet, ImageSet,
     They are drawn by a hash of their names: the same files always go the same way.
     """
     by_class: dict[str, list[int]] = {}
-    for place in sorted(range(len(known)), key=lambda place: digest(known.names[place])):
+    for place in sorted(range(len(known)), key=lambda place: hashlib.sha256(known.names[place].encode()).digest()):
         by_class.setdefault(known.names[place].partition("/")[0], []).append(place)
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     for name, places in by_class.items():

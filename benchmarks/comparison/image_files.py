@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,11 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self._folder, self.names, self._transform, self._reading = folder, names, transform, reading
         self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """The path of each, by which :mod:`openood_sandi.runs.contents` tells what is in it."""
+        return [os.path.join(self._folder, name) for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +15,10 @@ from networks.architecture import Normalisation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+from openood_sandi.runs import keys
+
 from .reading import Policy
+from .training import default_cache
 
 Group = Literal["ID", "near", "far"]
 
@@ -37,6 +40,12 @@ class ImageSet:
     """Of the images' files; none where they are not files."""
     unreadable: Policy = "grey"
     """What becomes of damaged files, see :class:`.reading.Reading`; their labels are :func:`marked`."""
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """:attr:`fingerprint` with what is in the files, if the images are files: all are read, if not known yet."""
+        known = getattr(self.dataset, "contents", None)
+        return known if isinstance(known, str) else keys.contents(self.dataset, default_cache(), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # Dataset itself does not promise a length
@@ -146,18 +155,11 @@ class Suite:
         )
 
 
-def digest(*parts: str | bytes | Tensor) -> str:
-    """The SHA-256, in hexadecimal, of texts, bytes and tensors in turn (which must not run into each other)."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        content = part.encode() if isinstance(part, str) else part
-        total.update(len(content).to_bytes(8, "big") + content)
-    return total.hexdigest()
+def digest(*parts: object) -> str:
+    """A digest of texts, tensors and whatever else in turn: see :func:`openood_sandi.runs.keys.state`."""
+    return keys.state({"parts": parts})
 
 
 def state_digest(network: nn.Module) -> str:
-    """The hash of the names and values of a network's parameters and buffers."""
-    return digest(*(part for item in network.state_dict().items() for part in item))
+    """A digest of the names and values of a network's parameters and buffers."""
+    return digest(network.state_dict())

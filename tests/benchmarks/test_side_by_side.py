@@ -220,7 +220,8 @@ def test_a_finished_run_is_reported_again_byte_for_byte_without_scoring(
     assert set(scored) == set(OURS[1:])
     scored.clear()
     assert side_by_side.main(arguments) == 0
-    assert not scored
+    assert max(scored.values()) <= 2  # the first batch and one drawn at random, of one set
+    scored.clear()
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert side_by_side.main([*arguments, "--batch-size", "20"]) == 0  # decides scores, if by rounding only
     assert set(scored) == set(OURS[1:])
@@ -253,9 +254,9 @@ def test_an_interrupted_run_keeps_what_is_finished(
     finished = scored.copy()
     scored.clear()
     assert side_by_side.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert scored["gaia-z"] == 0 and scored["sandi-a"] == whole["sandi-a"]
-    # The batch it was interrupted in, and one that its study of the network begins with.
-    assert scored["sandi-z"] + finished["sandi-z"] <= whole["sandi-z"] + 2
+    assert scored["gaia-z"] <= 2 and scored["sandi-a"] == whole["sandi-a"]
+    # The batch it was interrupted in, one that its study of the network begins with, and a canary with the same.
+    assert scored["sandi-z"] + finished["sandi-z"] <= whole["sandi-z"] + 4
     tables = [(tmp_path / folder / "results.csv").read_bytes() for folder in ("whole", "out")]
     assert tables[0] == tables[1]
 

@@ -64,7 +64,7 @@ class NetworkParts:
     def fingerprints(self, needs: Sequence[Need]) -> dict[str, str]:
         """Of the images other than those scored that decide the scores of a method with these needs."""
         found = {need: self.fitted_on.get(need, ()) for need in needs}
-        return {need: " ".join(part.fingerprint for part in images) for need, images in found.items() if images}
+        return {need: " ".join(part.contents for part in images) for need, images in found.items() if images}
 
 
 class Blocks:

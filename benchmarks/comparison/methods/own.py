@@ -17,7 +17,7 @@ from ..suite import Suite
 from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
-from .shared import SharedNetwork, with_shared_means
+from .shared import SharedMeans, SharedNetwork
 
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
@@ -65,7 +65,8 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         if lacking:
             absent[name] = lacking
         else:
-            decisive = {**options, **parts.fingerprints(needs)}
+            fitted_on = (*needs, "validation") if "training" in needs else needs
+            decisive = {**options, **parts.fingerprints(fitted_on)}
             bound = functools.partial(_build, detector=detector, options=options)
             methods[name] = Method(name, title, "openood-sandi", decisive, bound)
 
@@ -92,11 +93,13 @@ def _build(
     image = suite.in_distribution.dataset[0][0].unsqueeze(0).to(device)
     if detector is GradientShortCircuit:
         network = SharedNetwork(network, image)
+    elif detector is PrototypeFusion:
+        means = SharedMeans(network, image, int(options["layers"].removeprefix("last_")))
+        network, options = means, {**options, "layers": means.names}
     made = detector(network, **options)
-    if isinstance(made, PrototypeFusion):
-        made = with_shared_means(made, image)
-    if hasattr(made, "fit"):
+    if getattr(made, "fitted", ()):  # others would only get a threshold
         assert suite.training is not None
-        made.fit(suite.training.to_fit_on(batch_size))
+        held = suite.validation[0].to_fit_on(batch_size) if suite.validation else None
+        made.fit(suite.training.to_fit_on(batch_size), held)
     scorer: Scorer = made
     return scorer

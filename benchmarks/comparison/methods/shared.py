@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openood_sandi.detectors.prototype_fusion import PrototypeFusion
 from openood_sandi.engine.features import Penultimate, pooled, stages
 
 from ..environment import free_memory
-from ..suite import digest
 
 SHARE = 0.25
 """Of the free memory, what passes may take; batches that do not fit are computed for each method."""
@@ -49,13 +47,13 @@ class SharedPass:
             self.penultimate.head(x)
         except ValueError:  # only logits are shared
             self.penultimate = None
-        self._stages: tuple[str, ...] = ()
+        self.stages: tuple[str, ...] = ()
         with contextlib.suppress(ValueError), torch.no_grad():  # a network without stages has none to share
             names = stages(net, x)
-            with pooled(net, names):
+            with pooled(net, names) as means:
                 net(x)
-            self._stages = names
-        self._known: dict[str, Pass] = {}
+            self.stages = tuple(name for name in names if name in means)
+        self._known: dict[bytes, Pass] = {}
         self._free = SHARE * free_memory(x.device)
 
     @classmethod
@@ -74,7 +72,7 @@ class SharedPass:
     def __call__(self, x: Tensor) -> Pass:
         if not self.keeping:
             return self._computed(x)
-        key = digest(x)
+        key = _digest(x)
         if key not in self._known:
             found = self._computed(x)
             if found.nbytes > self._free:
@@ -85,9 +83,15 @@ class SharedPass:
 
     @torch.no_grad()
     def _computed(self, x: Tensor) -> Pass:
-        with pooled(self.net, self._stages) as means:
+        with pooled(self.net, self.stages) as means:
             features, logits = self.penultimate(x) if self.penultimate else (None, self.net(x))
         return Pass(features, logits, dict(means))
+
+
+def _digest(x: Tensor) -> bytes:
+    """Of what is in a tensor."""
+    content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode() + content.tobytes()).digest()
 
 
 class SharedNetwork(nn.Module):
@@ -111,18 +115,34 @@ class SharedNetwork(nn.Module):
         return logits.flatten(1)
 
 
-def with_shared_means(detector: PrototypeFusion, x: Tensor) -> PrototypeFusion:
-    """The detector, reading the means of stages from the shared pass."""
-    shared, own = SharedPass.of(detector.net, x), detector._features
+class SharedMeans(nn.Module):
+    """``net`` for Prototype Fusion: its last stages, ``names``, return their means over positions, and all, logits."""
 
-    def features(x: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        found = shared(x)
-        if not set(names) <= found.means.keys():  # layers that the user names
-            return own(x, names)
-        return {name: F.normalize(found.means[name], dim=1) for name in names}, found.logits
+    def __init__(self, net: nn.Module, x: Tensor, count: int) -> None:
+        super().__init__()
+        self._shared = SharedPass.of(net, x)
+        self.names = self._shared.stages[-count:]
+        self.where = nn.Parameter(x.new_zeros(()), requires_grad=False)  # what tells the device
+        for name in self.names:
+            module: nn.Module = self
+            for part in name.split("."):
+                if part not in dict(module.named_children()):
+                    module.add_module(part, _Same())
+                module = module.get_submodule(part)
+        self.eval()
 
-    detector._features = features  # type: ignore[method-assign]
-    return detector
+    def forward(self, x: Tensor) -> Tensor:
+        found = self._shared(x)
+        for name in self.names:
+            self.get_submodule(name)(found.means[name])
+        return found.logits.clone()
+
+
+class _Same(nn.Module):
+    """Returns what it is given, and may have children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 @contextlib.contextmanager
