@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
 from comparison.console import Parser, device, positive, progress
-from comparison.environment import environment, same_arithmetic_on_gpus
+from comparison.environment import environment, on_quickest_threads, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
 from comparison.table import Run, results
@@ -104,6 +104,8 @@ class _Comparison:
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
             self.failed |= not asked.isdisjoint(reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            if seed == options.seeds[0] and options.device.type == "cpu":
+                on_quickest_threads(suite.network, next(iter(suite.in_distribution.loader(options.batch_size)))[0])
             outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
             self._outcomes.append(outcomes)
