@@ -26,7 +26,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 import comparison
 import pandas as pd
 import side_by_side
-from comparison import cost, digits, evaluation, methods, training
+from comparison import cost, digits, environment, evaluation, methods, training
 from comparison.metrics import detection
 from comparison.suite import Suite
 from comparison.table import FPR_OPENOOD, FPR_PAPER
@@ -348,6 +348,26 @@ def test_a_wrong_method_is_refused_with_a_suggestion(quick: list[str], capsys: p
     with pytest.raises(SystemExit):
         side_by_side.main([*quick, "--methods", "sandy-z"])
     assert "did you mean sandi-z?" in capsys.readouterr().err
+
+
+def test_methods_go_by_their_titles_too(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*quick, "--no-cost", "--no-pictures", "--out", str(tmp_path)]
+    assert side_by_side.main([*arguments, "--methods", "Energy", "s&i-z, union", "GAIA-Z"]) == 0
+    assert set(pd.read_csv(tmp_path / "results.csv")["method"]) == {"ebo", "sandi-z-union", "gaia-z"}
+    with pytest.raises(SystemExit):
+        side_by_side.main([*arguments, "--methods", "Prototype Fussion"])
+    assert "did you mean prototype_fusion?" in capsys.readouterr().err
+
+
+def test_a_small_network_runs_on_one_thread_if_that_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for seconds, chosen in (({4: 2.0, 1: 1.0}, 1), ({4: 1.0, 1: 3.0}, 4)):
+        threads[:] = [4]
+        monkeypatch.setattr("timeit.repeat", lambda *_, seconds=seconds, **__: [seconds[threads[-1]]])
+        environment.on_quickest_threads(nn.Identity(), torch.zeros(1))
+        assert threads[-1] == chosen
 
 
 def test_data_that_are_not_there_are_told(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
