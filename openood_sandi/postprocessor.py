@@ -27,6 +27,7 @@ from tqdm import tqdm
 from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.plugin import checkpoints, registry
+from openood_sandi.plugin.settings import require_sound
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
@@ -59,6 +60,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.postprocessor
+        require_sound(settings)
         self.options: dict[str, Any] = {}
         self.run: dict[str, str] = dict(_OF_THE_RUN)
         for name, value in (settings.postprocessor_args or {}).items():

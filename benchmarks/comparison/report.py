@@ -124,7 +124,7 @@ def write(
     ]
     replace(folder / "results.csv", frame.to_csv(index=False))
     replace(folder / "results.md", "\n\n".join(sections) + "\n")
-    replace(folder / "results.json", json.dumps(_record(frame, runs, failures, about), indent=2) + "\n")
+    replace(folder / "results.json", json.dumps(record(frame, runs, failures, about), indent=2) + "\n")
 
 
 def _made(runs: Sequence[Run], about: Mapping[str, Any]) -> str:
@@ -142,9 +142,10 @@ def _options(method: Method) -> str:
     return "".join(f", {name}={value!r}" for name, value in method.options.items())
 
 
-def _record(
+def record(
     frame: pd.DataFrame, runs: Sequence[Run], failures: Sequence[Failure], about: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Everything about the run, ready for JSON."""
     suite = runs[0].suite
     return {
         **about,

@@ -178,7 +178,7 @@ class SplitNetwork:
             kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
-            values = tuple(torch.stack(of_kind).double().cpu().numpy().tobytes() for of_kind in kinds.values())
+            values = tuple(torch.stack(of_kind).cpu().double().numpy().tobytes() for of_kind in kinds.values())
         return self._made, *values, *map(version, tensors)
 
     def record(self, x: Tensor) -> RecordedNetwork:

@@ -23,6 +23,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 
+import comparison
 import pandas as pd
 import side_by_side
 from comparison import cost, digits, evaluation, methods, training
@@ -166,7 +167,7 @@ def test_a_small_run_end_to_end(quick: list[str], tmp_path: Path, capsys: pytest
     out = tmp_path / "out"
     assert side_by_side.main([*quick, *OURS, "--seeds", "3", "--out", str(out)]) == 0
     assert {file.name for file in out.iterdir()} == {
-        *("results.csv", "results.json", "results.md"),
+        *("results.csv", "results.json", "results.md", "report.html"),
         *("histograms.png", "roc.png", "cost_auroc.png", "heat_maps.png"),
     }
     frame = pd.read_csv(out / "results.csv")
@@ -299,6 +300,32 @@ def test_a_method_that_cannot_run_here_is_told(
     assert "No row for prototype_fusion: " in printed and "training" in printed
 
 
+def test_without_a_folder_the_report_is_in_the_cache_and_its_place_is_printed(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*quick, "--methods", "gaia-z", "--no-cost"]
+    assert side_by_side.main([*arguments, "--no-pictures"]) == 0
+    path = tmp_path / "cache/reports/digits_smallresnet/report.html"
+    assert not path.exists()
+    capsys.readouterr()
+    assert side_by_side.main(arguments) == 0
+    assert f"Report, for a browser: {path}\n" in capsys.readouterr().out and "gaia-z" in path.read_text()
+    first = path.read_bytes()
+    assert side_by_side.main(arguments) == 0
+    assert path.read_bytes() == first
+
+
+def test_a_report_that_cannot_be_made_is_told_and_costs_nothing_else(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were missing
+    monkeypatch.delitem(sys.modules, "comparison.html_report", raising=False)
+    monkeypatch.delattr(comparison, "html_report", raising=False)
+    assert side_by_side.main([*quick, "--methods", "gaia-z", "--no-cost", "--out", str(tmp_path / "out")]) == 0
+    assert "No report.html: " in (error := capsys.readouterr().err) and 'pip install -e ".[bench]"' in error
+    assert (tmp_path / "out/results.csv").exists()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -312,7 +339,8 @@ def test_a_method_that_cannot_run_here_is_told(
 def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         side_by_side.main(wrong)
-    assert wrong[0] in capsys.readouterr().err
+    error, usage = capsys.readouterr().err.rstrip().split("\n")  # what is wrong first, and a line of usage
+    assert "error: " in error and wrong[0] in error and usage.startswith("usage: ")
 
 
 def test_a_wrong_method_is_refused_with_a_suggestion(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
