@@ -317,6 +317,7 @@ def test_throughput_is_relative_to_msp() -> None:
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
     names = [f"method-{at}" for at in range(20)]
     found = [outcome(name, at, forwards=1 + at % 3 / 50) for at, name in enumerate(names)]

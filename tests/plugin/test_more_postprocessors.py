@@ -32,6 +32,7 @@ def test_evaluator_by_name(checkout: Path) -> None:
         check_scores(evaluation.scores, checkout, detector)
 
 
+@pytest.mark.slow
 def test_main_with_a_set_up(checkout: Path) -> None:
     # main.py's training images are cropped and mirrored at random, so no score is known beforehand
     main("--postprocessor", "prototype_fusion", cwd=checkout)
