@@ -198,6 +198,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
     known = many()
     paths = pictures.draw(tmp_path, results([known], resamples=2), known)

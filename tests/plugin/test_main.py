@@ -25,6 +25,7 @@ CONFIGS = [
     "configs/preprocessors/base_preprocessor.yml",
 ]
 OVERRIDES = ["--network.checkpoint", str(tiny.CHECKPOINT), "--num_gpus", "0"]
+pytestmark = pytest.mark.slow  # every test runs main.py
 LAST_STAGE = ["--postprocessor.postprocessor_args.splits", "last_stage"]  # less to compute than the default
 
 
