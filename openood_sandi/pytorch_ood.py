@@ -1,4 +1,4 @@
-"""S&I, GAIA and S&I-C as detectors of `pytorch-ood <https://github.com/kkirchheim/pytorch-ood>`_, an optional dependency.
+"""S&I, GAIA and S&I-C as detectors of `pytorch-ood <https://github.com/kkirchheim/pytorch-ood>`_ (if installed).
 
 >>> from openood_sandi.pytorch_ood import SandIDetector
 >>> detector = SandIDetector(model)              # S&I; SandIDetector(model, steps=1, top_fraction=1.0) is GAIA
