@@ -133,7 +133,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
         dataset = getattr(data_loader, "dataset", data_loader)
         try:
-            return keys.score_key(type(self).__qualname__, self.options, net, dataset, fitted=keys.state(fitted))
+            made = {"fitted": keys.state(fitted), "detector": keys.state({"class": self.method})}
+            return keys.score_key(type(self).__qualname__, self.options, net, dataset, **made)
         except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)
