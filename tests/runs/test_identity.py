@@ -98,7 +98,7 @@ def test_what_is_typed_in_a_notebook_is_told_by_its_code(modules: Path) -> None:
 def test_a_copy_is_the_same(modules: Path) -> None:
     import copy
 
-    module, net = cases.made()
+    _, net = cases.made()
     before = keys.network(net)
     again = copy.deepcopy(net)  # Python leaves notes on the class
     assert keys.network(again) == before == keys.network(net)
