@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from networks import SourceError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from openood_sandi import score_dataset
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
+from openood_sandi.runs.unreadable import UnreadableImage
 
 from . import methods
 from .console import progress
 from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer
-from .suite import ImageSet, Suite
+from .methods.shared import nothing_shared
+from .suite import ImageSet, Suite, is_marked, marked
 
 SHARE = 0.5
 """Of the free memory, what images may take: a set that does not fit is decoded anew for each method."""
@@ -111,53 +114,78 @@ class Evaluation:
     """One suite on one device; methods are scored and timed one after the other."""
 
     def __init__(self, suite: Suite, device: torch.device, batch_size: int, workers: int, cache: Path) -> None:
-        self.suite = suite
+        self._suite = suite
+        self._damaged: dict[str, npt.NDArray[np.bool_]] = {}
         suite.network.to(device)
         self._device, self._batch_size, self._workers = device, batch_size, workers
         self._scores = ScoreCache(cache / "scores")
         self._costs = cache / "costs"
         self._built: dict[str, Scorer] = {}
 
-    def scores(self, method: Method) -> dict[str, Scored]:
-        """The method's scores of every set, by name, ID first. Those that are kept are not computed again, but for a batch of a set
-        drawn at random: see :mod:`openood_sandi.runs.canary`.
+    @property
+    def suite(self) -> Suite:
+        """The suite with the images that have a score, and a note on those that are damaged; as far as is known yet."""
+        bad = {name: damaged for name, damaged in self._damaged.items() if damaged.any()}
+        notes = tuple(images.told(bad[images.name]) for images in self._suite.test_sets if images.name in bad)
+        kept = self._suite.mapped(lambda images: images.without(bad[images.name]) if images.name in bad else images)
+        return replace(kept, notes=(*kept.notes, *notes))
 
-        Raises ValueError if a score is not finite.
+    def scores(self, method: Method) -> dict[str, Scored]:
+        """The method's scores of every test set, by name, ID first, and of the validation ID set for a threshold.
+
+        Those that are kept are not computed again, but for a batch of a set drawn at random: see
+        :mod:`openood_sandi.runs.canary`.
+
+        Raises ValueError if a score is not finite, SourceError if all images of a set are damaged and left out.
         """
         found = {}
         # One that is fitted takes far longer to make than its scores take to read.
         fitted = any(need in method.options for need in ("training", "validation", "OOD validation"))
-        checked = None if fitted else secrets.choice(self.suite.test_sets)
-        for images in self.suite.test_sets:
-            pred, scores, labels = score_dataset(
-                lambda images: self._scorer(method)(images),
-                self._loader(images),
-                self._device,
-                cache=self._scores,
-                key=self._key(method, images),
-                canary=images is checked,
-                progress=f"{method.name} {images.name}" if sys.stderr.isatty() else False,
-            )
+        checked = None if fitted else secrets.choice(self._suite.test_sets)
+        for images in (*self._suite.test_sets, *(self._suite.validation or ())[:1]):
+            pred, scores, labels = self._scored(method, images, canary=images is checked)
+            damaged = self._damaged[images.name] = is_marked(labels)
+            labels = np.where(damaged, marked(labels), labels)
+            if images.unreadable == "skip":
+                pred, scores, labels = (values[~damaged] for values in (pred, scores, labels))
+            if not len(scores):
+                raise SourceError(f"None of the {len(images)} images of {images.name} can be read.")
             bad = int(np.count_nonzero(~np.isfinite(scores)))
             if bad:
                 raise ValueError(f"{bad} of {len(scores)} scores of {images.name} are not finite")
             found[images.name] = Scored(pred, labels, scores.astype(np.float64))
         return found
 
+    def _scored(self, method: Method, images: ImageSet, canary: bool) -> tuple[npt.NDArray[Any], ...]:
+        """Predictions, scores and labels, those of damaged images marked, from the cache or computed."""
+        try:
+            return score_dataset(
+                lambda images: self._scorer(method)(images),
+                self._loader(images),
+                self._device,
+                cache=self._scores,
+                key=self._key(method, images),
+                canary=canary,
+                progress=f"{method.name} {images.name}" if sys.stderr.isatty() else False,
+            )
+        except UnreadableImage as error:  # no method can go on
+            raise SourceError(str(error.__cause__ or error)) from error
+
     def expense(self, method: Method) -> Expense:
         """What scoring ID images costs on this machine, measured once."""
-        known = self.suite.in_distribution
+        known = self._suite.in_distribution
         key = {**self._key(method, known), "code": keys.code()}
 
         def made() -> tuple[Scorer, Tensor]:
             return self._scorer(method), next(iter(self._loader(known)))[0]
 
-        return kept_expense(self._costs, key, self.suite.network, made, self._device)
+        with nothing_shared():
+            return kept_expense(self._costs, key, self._suite.network, made, self._device)
 
     def _scorer(self, method: Method) -> Scorer:
         """Built when first needed: with all scores at hand, never."""
         if method.name not in self._built:
-            self._built[method.name] = method.build(self.suite, self._device, self._batch_size)
+            self._built[method.name] = method.build(self._suite, self._device, self._batch_size)
         return self._built[method.name]
 
     def _loader(self, images: ImageSet) -> DataLoader[Any]:
@@ -165,7 +193,7 @@ class Evaluation:
 
     def _key(self, method: Method, images: ImageSet) -> dict[str, object]:
         """All that decides the scores; the cache adds the digest of the package's code."""
-        suite = self.suite
+        suite = self._suite
         fitted = [part.contents for part in (suite.training, *(suite.validation or ())) if part is not None]
         others = {
             "source": [method.source, library_version(method.source)],

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from openood_sandi.runs import ranks
 from openood_sandi.runs.unreadable import Batch, Collate, Readable
 
-__all__ = ["is_fixed", "order_of", "share_of", "some_of"]
+__all__ = ["images_and_labels", "is_fixed", "order_of", "share_of", "some_of"]
 
 
 def order_of(loader: Iterable[Any]) -> list[Any] | None:
@@ -59,7 +59,7 @@ def share_of(
     rank, of = ranks.rank(), ranks.world_size()
     if order is None:
         for number, batch in enumerate(shown(loader)):
-            yield number, Batch(_images_and_labels(batch), ()), number % of == rank
+            yield number, Batch(images_and_labels(batch), ()), number % of == rank
         return
     share = [number for number in range(len(order)) if number not in found][rank::of]
     if share:
@@ -117,10 +117,19 @@ class _Needed:
         self.collate = collate
 
     def __call__(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        return _images_and_labels(self.collate(items))
+        return images_and_labels(self.collate(items))
 
 
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) and classes (B,) of a loader's batch; -1 where it has images only.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(batch, Sequence) and len(batch) == 1:  # as of a TensorDataset of images
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return batch, torch.full((len(batch),), -1)
     if isinstance(batch, Mapping) and {"data", "label"} <= batch.keys():
         images, label = batch["data"], batch["label"]
     elif isinstance(batch, Sequence) and len(batch) == 2:
@@ -129,6 +138,6 @@ def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
         names = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise TypeError(
             f"the loader gives batches that are {type(batch).__name__}{names}; expected "
-            "{'data': images (B, C, H, W), 'label': classes (B,)} or a pair of both"
+            "{'data': images (B, C, H, W), 'label': classes (B,)}, a pair of both, or images"
         )
-    return images, torch.as_tensor(label)
+    return torch.as_tensor(images), torch.as_tensor(label)
