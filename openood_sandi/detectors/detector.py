@@ -207,9 +207,10 @@ class Detector(ABC):
         return saved.load(cls, file, net, others)
 
     def __repr__(self) -> str:
-        told = {**self._told(), "threshold": self.threshold}
+        told = {name: repr(value) for name, value in {**self._told(), "threshold": self.threshold}.items()}
         told |= {name: _shape_of(getattr(self, name)) for name in self.fitted if self.threshold is not None}
-        return f"{type(self).__name__}({type(self.net).__name__}, {', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        options = ", ".join(f"{name}={value}" for name, value in told.items())
+        return f"{type(self).__name__}({type(self.net).__name__}, {options})"
 
     # ------------------------------------------------------------------ inside
 

@@ -275,7 +275,11 @@ class SplitNetwork:
         found = self.record(noise)
         self.call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
-        self._splits = tuple(self._choose(self, found, noise))
+        try:
+            self._splits = tuple(self._choose(self, found, noise))
+        except ReplayError as error:
+            self._go_plain(str(error))
+            self._splits = tuple(self._choose(self, found, noise))
         self._shape = x.shape[1:]
 
 

@@ -31,6 +31,7 @@ GROUP = "openood.postprocessors"
 #: :mod:`openood_sandi.postprocessor` that is made of it. A literal, which setup.py reads without importing anything.
 DETECTORS = {
     "sandi": ("openood_sandi.detectors.sandi", "SandIPostprocessor"),
+    "sandi_c": ("openood_sandi.detectors.sandi.calibrated", "SandICPostprocessor"),
     "gaia": ("openood_sandi.detectors.gaia", "GAIAPostprocessor"),
     "gsc": ("openood_sandi.detectors.gsc", "GSCPostprocessor"),
     "prototype_fusion": ("openood_sandi.detectors.prototype_fusion", "PrototypeFusionPostprocessor"),

@@ -163,6 +163,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 OURS = ["--methods", "gaia-z", "sandi-z", "sandi-a"]
 
 
+@pytest.mark.slow
 def test_a_small_run_end_to_end(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert side_by_side.main([*quick, *OURS, "--seeds", "3", "--out", str(out)]) == 0
@@ -376,6 +377,7 @@ def test_data_that_are_not_there_are_told(quick: list[str], tmp_path: Path, caps
     assert f"{tmp_path}/benchmark_imglist/cifar10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_its_path(tmp_path: Path) -> None:
     run = [sys.executable, str(BENCHMARKS / "side_by_side.py"), "--help"]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}

@@ -357,6 +357,7 @@ def test_digits_take_no_other_network_or_images(option: str) -> None:
         ("imagenet", "mobilenet_v2", 200, 0.72),
     ],
 )
+@pytest.mark.slow
 def test_real_networks_know_real_images(data: str, network: str, images: int, least: float) -> None:
     suite = load("--data", data, "--data-root", str(DATA), "--network", network).limited(images)
     right = 0
