@@ -121,7 +121,7 @@ def decisions(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
     if not suite.validation or suite.validation[0].name not in outcome.scored:
         return _averaged(suite, lambda _: np.full(2, np.nan))
     fitted = outcome.scored[suite.validation[0].name].scores
-    threshold = np.quantile(fitted, KEPT, method="higher")
+    threshold = np.quantile(fitted, KEPT, method="inverted_cdf")
     lost = np.mean(outcome.scored[suite.in_distribution.name].scores > threshold)
     return _averaged(suite, lambda images: np.array([lost, np.mean(outcome.scored[images.name].scores <= threshold)]))
 
