@@ -20,7 +20,7 @@ from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
 
 from . import methods
-from .console import progress
+from .console import Lines, progress
 from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer
@@ -46,7 +46,7 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
     @functools.cached_property
     def _all(self) -> tuple[Tensor, Tensor]:
         batches = self._images.loader(self._batch_size, self._workers)
-        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batch"), strict=True)
+        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batches"), strict=True)
         return torch.cat(images), torch.cat(labels)
 
 
@@ -104,6 +104,29 @@ class Failure:
     reason: str
 
 
+class Counted:
+    """A scorer that tells ``lines`` of the images ``now`` scored."""
+
+    def __init__(self, scorer: Scorer, lines: Lines | None, now: str) -> None:
+        self._scorer, self._lines, self._now = scorer, lines, now
+        self._scored = 0
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted classes and scores."""
+        found = self._scorer(images)
+        self._tell(len(images))
+        return found
+
+    def finish(self, images: int) -> None:
+        """Of so many images in all; those not scored here were at hand."""
+        self._tell(images - self._scored, at_hand=True)
+
+    def _tell(self, count: int, at_hand: bool = False) -> None:
+        self._scored += count
+        if self._lines:
+            self._lines.add(count, self._now, at_hand)
+
+
 class Evaluation:
     """One suite on one device; methods are scored and timed one after the other."""
 
@@ -115,21 +138,25 @@ class Evaluation:
         self._costs = cache / "costs"
         self._built: dict[str, Scorer] = {}
 
-    def scores(self, method: Method) -> dict[str, Scored]:
+    def scores(self, method: Method, lines: Lines | None = None) -> dict[str, Scored]:
         """The method's scores of every set, by name, ID first. Those that are kept are not computed again.
+
+        ``lines`` are told of the images.
 
         Raises ValueError if a score is not finite.
         """
         found = {}
         for images in self.suite.test_sets:
+            scorer = Counted(lambda batch: self._scorer(method)(batch), lines, f"{method.name} on {images.name}")
             pred, scores, labels = score_dataset(
-                lambda images: self._scorer(method)(images),
+                scorer,
                 self._loader(images),
                 self._device,
                 cache=self._scores,
                 key=self._key(method, images),
                 progress=f"{method.name} {images.name}" if sys.stderr.isatty() else False,
             )
+            scorer.finish(len(scores))
             bad = int(np.count_nonzero(~np.isfinite(scores)))
             if bad:
                 raise ValueError(f"{bad} of {len(scores)} scores of {images.name} are not finite")

@@ -84,7 +84,7 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     its spread is their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
     rows = []
-    for name in progress(list(runs[0].outcomes), "metrics", "method"):
+    for name in progress(list(runs[0].outcomes), "metrics", "methods"):
         spreads = _intervals(runs[0], name, resamples) if len(runs) == 1 else _deviations(runs, name)
         costs = _costs(runs[0].outcomes[name].expense)
         for group in groups(runs[0].suite):
