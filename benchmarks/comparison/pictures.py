@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,8 @@ EXAMPLES, SPLITS, ROOM = 2, 4, 5
 """What heat maps show: ID images, splits evenly spread over the network, and at most so many OOD sets, by an image."""
 ITERATIONS = 1000
 """Of moving labels apart."""
+FAR = 8
+"""Pixels from which on a label needs a line to its point."""
 T = TypeVar("T")
 ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
@@ -72,7 +75,7 @@ def histograms(frame: pd.DataFrame, run: Run) -> Figure:
 
 def _histogram(panel: Axes, outcome: Outcome, suite: Suite, images: ImageSet) -> None:
     known, unknown = (outcome.scored[one.name].scores for one in (suite.in_distribution, images))
-    binned = curves.histogram(known, unknown, tuple(scored.scores for scored in outcome.scored.values()))
+    binned = curves.histogram(known, unknown, tuple(outcome.scored[one.name].scores for one in suite.test_sets))
     edges = np.linspace(binned.low, binned.high, len(binned.known) + 1)
     for shares, colour in ((binned.known, ID_COLOUR), (binned.unknown, OOD_COLOUR)):
         panel.stairs(shares, edges, fill=True, color=colour, alpha=0.6)
@@ -166,12 +169,23 @@ def _points(panel: Axes, rows: pd.DataFrame) -> None:
 
 
 def _move_apart(panel: Axes) -> None:
-    """Labels off each other and off the points, with a line to the point that each belongs to."""
+    """Labels off each other and off the points, each with a line to its point."""
+    panel.autoscale(False)  # the layout has room for these ticks and no others
     texts = list(panel.texts)
     places = np.array([text.get_position() for text in texts])
-    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5}
-    # not until a time is up, which would make pictures differ from machine to machine
-    adjust_text(texts, *places.T, ax=panel, iter_lim=ITERATIONS, force_text=(0.5, 1.0), arrowprops=line)
+    for room in (1.0, 1.2, 1.4, 1.6, 1.8):  # the more, the less likely that two are left on each other
+        # not until a time is up, which would make pictures differ from machine to machine
+        adjust_text(
+            texts, *places.T, ax=panel, iter_lim=ITERATIONS, expand=(1.05 * room, 1.2 * room), force_text=(0.5, 1.0)
+        )
+        boxes = [text.get_window_extent() for text in texts]
+        if not any(one.overlaps(other) for one, other in combinations(boxes, 2)):
+            break
+    for text, box, point in zip(texts, boxes, panel.transData.transform(places), strict=True):
+        near = np.clip(point, box.min, box.max)
+        if np.hypot(*(near - point)) > FAR:
+            ends = panel.transData.inverted().transform([point, near])
+            panel.plot(*ends.T, color=text.get_color(), linewidth=0.5, alpha=0.6, zorder=2)
 
 
 def _auroc(frame: pd.DataFrame) -> pd.Series:

@@ -157,7 +157,10 @@ def _describe(tensor: Tensor) -> str:
 def require_logits(output: object) -> None:
     if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
         what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ReplayError(f"the network returns {what}, expected logits (B, classes); wrap it so that it returns those")
+        raise ReplayError(
+            f"the network returns {what}, expected logits (B, classes); wrap it so that it returns those, or say by "
+            "logits=FUNCTION how they are taken out of what it returns"
+        )
     if output.shape[1] < 2:
         raise ValueError(
             "the network returns one logit for each image, expected logits of two classes or more: with one class "

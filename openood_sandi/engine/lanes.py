@@ -51,9 +51,19 @@ def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) 
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in the tuples, lists, dicts and slices of ``tree``."""
+    """The tensors in the tuples, lists, dicts and slices of ``tree``, in order."""
     found: list[Tensor] = []
-    map_tensors(tree, found.append)
+    rest = [tree]
+    while rest:  # not map_tensors: this is done several times a call
+        item = rest.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            rest.extend(reversed(item))
+        elif isinstance(item, dict):
+            rest.extend(reversed(item.values()))
+        elif isinstance(item, slice):
+            rest.extend((item.step, item.stop, item.start))
     return found
 
 

@@ -7,11 +7,11 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_mem
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from openood_sandi.engine.tape import Tape
+from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
@@ -47,19 +48,28 @@ class SplitNetwork:
     Args:
         net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through.
+        logits: takes the logits (B, classes) out of what ``net`` returns, where that is something else.
         splits: the split points: "all" (every normalisation layer), "last_stage", module names and globs, as a list or
             separated by commas; or a function that chooses them. They are found on the first batch, with seeded
             noise of its images' shape, so that they do not depend on what the images show.
         memory_fraction: the share of the device's free memory that a batch may plan for.
 
     Raises:
-        TypeError: ``net`` is no eager module.
+        TypeError: ``net`` is no eager module, or ``logits`` cannot be called.
     """
 
     def __init__(
-        self, net: nn.Module, *, splits: str | Sequence[str] | Choice = "all", memory_fraction: float = 0.5
+        self,
+        net: nn.Module,
+        logits: Callable[[Any], Tensor] | None = None,
+        *,
+        splits: str | Sequence[str] | Choice = "all",
+        memory_fraction: float = 0.5,
     ) -> None:
         self.net = checks.eager_network(net)
+        if logits is not None and not callable(logits):
+            raise TypeError(f"logits={logits!r}: expected a function of what the network returns, to its logits")
+        self.logits = logits
         self.memory_fraction = memory_fraction
         self.call_names: tuple[str, ...] = ()
         """The calls of the first batch's pass by name."""
@@ -132,13 +142,13 @@ class SplitNetwork:
         """
         splits = self.splits if splits is None else splits
         sites = [split.site for split in splits]
-        if math.isfinite(walk.attack.epsilon):
+        if walk.attack.is_by_image:
             for split in splits:
                 if split.batch_axis != 0 or split.fold != 1:
                     raise ValueError(
-                        f"epsilon={walk.attack.epsilon}: Eq. 4 projects image by image, but split point {split.name!r} "
-                        "has its images in another dimension or several rows an image; name other splits, or leave "
-                        "epsilon infinite"
+                        f"epsilon={walk.attack.epsilon}, stop_at_flip={walk.attack.stop_at_flip}: Eq. 3 and 4 stop and "
+                        f"project image by image, but split point {split.name!r} has its images in another dimension "
+                        "or several rows an image; name other splits, or leave both options at their defaults"
                     )
         if self._plain_because and walk.input_ascent is None:
             return walk_plain(self._running, x, sites, walk, observer).logits
@@ -168,7 +178,7 @@ class SplitNetwork:
             kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
-            values = tuple(torch.stack(of_kind).double().cpu().numpy().tobytes() for of_kind in kinds.values())
+            values = tuple(torch.stack(of_kind).cpu().double().numpy().tobytes() for of_kind in kinds.values())
         return self._made, *values, *map(version, tensors)
 
     def record(self, x: Tensor) -> RecordedNetwork:
@@ -183,10 +193,28 @@ class SplitNetwork:
         checks.require_same(plain, recorded)
         return found
 
+    def not_finite(self, x: Tensor) -> list[str]:
+        """For each of the images ``x`` (B, C, H, W) whose logits are not finite, where NaN or infinity comes from."""
+        with self._twin.use() as module, self._returning_logits(module):
+            return checks.not_finite(module, x)
+
     # ------------------------------------------------------------------ a batch
 
+    @contextmanager
+    def _returning_logits(self, module: nn.Module) -> Iterator[None]:
+        """Within it ``module`` returns its logits, in this thread."""
+        if self.logits is None:
+            yield
+            return
+        take = self.logits
+        handle = module.register_forward_hook(in_this_thread(lambda module, args, output: take(output)))
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _over_twin(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
-        with self._twin.use() as module:
+        with self._twin.use() as module, self._returning_logits(module):
             if module is not self._running:
                 self._running, self._made = module, self._made + 1
             return self._in_parts(x, work)
@@ -247,7 +275,11 @@ class SplitNetwork:
         found = self.record(noise)
         self.call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
-        self._splits = tuple(self._choose(self, found, noise))
+        try:
+            self._splits = tuple(self._choose(self, found, noise))
+        except ReplayError as error:
+            self._go_plain(str(error))
+            self._splits = tuple(self._choose(self, found, noise))
         self._shape = x.shape[1:]
 
 

@@ -8,7 +8,6 @@ split is computed on the clean images. What autograd gives is reported, under ``
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Snapshot
 from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
 
@@ -69,12 +69,14 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
     """The path of one split; whether a loss depends on it at all."""
     origin: Tensor | None = None
     z: Tensor | None = None
+    labels = torch.empty(0)
     depends = False
     for i in range(1, attack.steps + 1):
         steps = i < attack.steps or observer.wants_motion
         wanted = (objective.attribution, objective.ascent if steps else None)
         losses = list(dict.fromkeys(loss for loss in wanted if loss is not None))
-        leaf, found = walker.gradients(site, z, losses)
+        leaf, logits, found = walker.gradients(site, z, losses)
+        labels = logits.argmax(1) if i == 1 else labels
         depends = depends or any(gradient is not None for gradient in found)
         gradients = {
             loss: torch.zeros_like(leaf) if gradient is None else gradient
@@ -84,7 +86,7 @@ def _walk_one(walker: _Walker, site: Site, objective: Objective, attack: Attack,
             observer.gradient(site, gradients[objective.attribution])
         if steps:
             origin = leaf if origin is None else origin
-            sign = gradients[objective.ascent].sign()
+            sign = attack.direction(gradients[objective.ascent], labels, logits)
             if i == 1 and not observer.direction(site, sign):
                 break
             z = attack.advance(leaf, origin, sign)
@@ -124,26 +126,29 @@ class _Walker:
             )
         return logits, split.leaf
 
-    def gradients(self, site: Site, z: Tensor | None, losses: Sequence[Loss]) -> tuple[Tensor, list[Tensor | None]]:
-        """z^{i-1} (what the site holds on the clean images, if ``z`` is None) and the gradient of each loss by it, None
-        where there is no path."""
+    def gradients(
+        self, site: Site, z: Tensor | None, losses: Sequence[Loss]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """z^{i-1} (what the site holds on the clean images, if ``z`` is None), the logits (B, classes) there, and the
+        gradient of each loss by it, None where there is no path."""
         split = _Replaced(site, z)
-        found = self._differentiate(split, losses, self.x.clone())
+        logits, found = self._differentiate(split, losses, self.x.clone())
         if split.under_no_grad and not self._trains:
             # checkpoint(use_reentrant=True) runs its layers under no_grad, and again in a backward pass through it,
             # which there is if its inputs require gradients. The clone can be written to, as a leaf cannot.
             split = _Replaced(site, z)
-            found = self._differentiate(split, losses, self.x.clone().requires_grad_(True).clone())
-        return split.leaf.detach(), found
+            logits, found = self._differentiate(split, losses, self.x.clone().requires_grad_(True).clone())
+        return split.leaf.detach(), logits, found
 
-    def _differentiate(self, split: _Replaced, losses: Sequence[Loss], x: Tensor) -> list[Tensor | None]:
+    def _differentiate(self, split: _Replaced, losses: Sequence[Loss], x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The logits, and the gradient of each loss at the split."""
         self._state.restore()  # before there are hooks of ours, which are state, too
         kept = None if self.feature in (None, split.site) else _Kept(self.feature)
         with split.hooked(self.net), nullcontext() if kept is None else kept.hooked(self.net):
             logits = self.net(x)
             value = None if self.feature is None else split.leaf if kept is None else kept.tensor
             features = None if value is None else value[None]
-            return [
+            return logits.detach(), [
                 self._gradient(loss(logits[None], features), split.leaf, retain=number < len(losses))
                 for number, loss in enumerate(losses, 1)
             ]
@@ -175,16 +180,19 @@ class _Hook:
         Raises:
             ReplayError: the passes made did not get to the site.
         """
-        thread, calls = threading.get_ident(), 0
+        calls = 0
 
-        def fire(module: nn.Module, args: Any, output: Any) -> Any:
+        @in_this_thread
+        def reach(output: Any) -> Tensor | None:
             nonlocal calls
-            if torch._C._current_graph_task_id() != -1:  # in a backward pass, on a thread of autograd's
-                return self.act(output, again=True) if self._repeats(calls) else None
-            if threading.get_ident() != thread:
-                return None
             calls += 1
             return self.act(self._checked(output), again=False) if calls == self.site.index else None
+
+        def fire(module: nn.Module, args: Any, output: Any) -> Any:
+            if torch._C._current_graph_task_id() == -1:
+                return reach(output)
+            # in a backward pass, on a thread of autograd's
+            return self.act(output, again=True) if self._repeats(calls) else None
 
         handle = net.get_submodule(self.site.module or "").register_forward_hook(fire)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +16,12 @@ from torch import Tensor
 
 from openood_sandi.engine import lanes
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.backward import GradientPass, Loss, Objective, by_loss, differentiate, gradients_of
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget
 from openood_sandi.engine.tape import Site, Tap, Tape
 
 __all__ = ["Loss", "LossPlan", "Objective", "Observer", "Walk", "walk_input", "walk_splits"]
-
-Loss = Callable[[Tensor, "Tensor | None"], Tensor]
-"""From the logits (L, B, classes) and the feature map F (L, B, ...) of L copies of a batch to the sum over copies and
-images of a loss, so that the gradient of each copy of each image is its own."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """At one split: g_i = d attribution / dz, and sign(d ascent / dz) is the direction of the step."""
-
-    attribution: Loss | None
-    """None where g_i is not wanted."""
-    ascent: Loss
-
 
 LossPlan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
 """From clean logits (B, classes) and clean F to the objective of each split, F's own included where it has one."""
@@ -89,10 +75,6 @@ class Observer:
         """z^i - z^{i-1}, of the split's shape (B, ...), after the g_i of the same i."""
 
 
-Receive = Callable[[Site, Tensor], None]
-"""Takes in one tensor of a split."""
-
-
 def walk_splits(tape: Tape, x: Tensor, walk: Walk, observer: Observer, budget: MemoryBudget) -> Tensor:
     """Walks the paths of all of the tape's sites on ``x`` (B, C, H, W) and returns the clean logits (B, classes).
 
@@ -113,14 +95,14 @@ def walk_splits(tape: Tape, x: Tensor, walk: Walk, observer: Observer, budget: M
         if observer.direction(site, sign):
             directions[site] = sign.to(torch.int8)
 
-    pass_ = _Pass(objectives, logits, clean, walk.feature)
-    alive = _differentiate(pass_, observer.gradient, keep_direction if takes_step else None)
+    pass_ = GradientPass(objectives, logits, clean, walk.feature)
+    alive = differentiate(pass_, observer.gradient, keep_direction if takes_step else None)
     logits = logits.detach()
     clean = {site: z.detach() for site, z in clean.items() if site in directions}
     if not clean:
         return logits
     tape.release_graph()
-    replay = _Replay(tape, x, walk.feature, objectives, observer, alive)
+    replay = _Replay(tape, x, walk.feature, objectives, observer, alive, attack, logits.argmax(1))
     for chunk in _chunks(tape, list(clean), budget):
         z = {site: attack.advance(clean[site], clean[site], directions.pop(site)) for site in chunk}
         _report_motion(observer, z, clean)
@@ -161,10 +143,12 @@ class _Replay:
     objectives: dict[Site, Objective]
     observer: Observer
     alive: set[Site]
+    attack: Attack
+    labels: Tensor
 
     def run(self, z: dict[Site, Tensor], *, takes_step: bool) -> dict[Site, Tensor]:
-        """One replay with the splits at ``z``; the signs of the next step."""
-        losses = _by_loss({site: self.objectives[site] for site in z}, takes_step)
+        """One replay with the splits at ``z``; the directions of the next step."""
+        losses = by_loss({site: self.objectives[site] for site in z}, takes_step)
         with torch.set_grad_enabled(bool(losses)):
             leaves = {site: value.detach().requires_grad_(bool(losses)) for site, value in z.items()}
             logits, features = self._forward(leaves)
@@ -174,12 +158,12 @@ class _Replay:
             sites = list(dict.fromkeys([*attributed, *stepped]))
             rows = slice(None) if len(sites) == len(lane) else [lane[site] for site in sites]
             value = loss(logits[rows], None if features is None else features[rows])
-            gradients = _gradients(value, [leaves[site] for site in sites], retain=number < len(losses))
+            gradients = gradients_of(value, [leaves[site] for site in sites], retain=number < len(losses))
             for site, gradient in zip(sites, gradients, strict=True):
                 if site in attributed:
                     self.observer.gradient(site, gradient)
                 if site in stepped:
-                    signs[site] = gradient.sign()
+                    signs[site] = self.attack.direction(gradient, self.labels, logits[lane[site]])
         return signs
 
     def _forward(self, leaves: dict[Site, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -235,23 +219,12 @@ def walk_input(tape: Tape, x: Tensor, walk: Walk, observer: Observer) -> Tensor:
             clean_logits = logits.detach()
             objectives = walk.losses(logits, z.get(walk.feature) if walk.feature is not None else None)
             step_loss = walk.input_ascent(clean_logits)
-        (gradient,) = _gradients(step_loss(logits[None], None), [attacked], retain=True)
-        _differentiate(_Pass(objectives, logits, z, walk.feature, [attacked]), observer.gradient, None)
-        attacked = walk.attack.advance(attacked.detach(), x, gradient.sign())
+        (gradient,) = gradients_of(step_loss(logits[None], None), [attacked], retain=True)
+        differentiate(GradientPass(objectives, logits, z, walk.feature, [attacked]), observer.gradient, None)
+        step = walk.attack.direction(gradient, clean_logits.argmax(1), logits)
+        attacked = walk.attack.advance(attacked.detach(), x, step)
         before = now
     return clean_logits
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A forward pass with its autograd graph."""
-
-    objectives: dict[Site, Objective]
-    logits: Tensor
-    z: dict[Site, Tensor]
-    feature: Site | None
-    roots: Sequence[Tensor] = ()
-    """What a backward pass goes back to, where it is not the sites themselves."""
 
 
 def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
@@ -270,70 +243,6 @@ def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
         return store[site]
 
     return tap
-
-
-def _by_loss(objectives: dict[Site, Objective], takes_step: bool) -> dict[Loss, tuple[list[Site], list[Site]]]:
-    """For each loss, one backward pass: the sites that it attributes and those that ascend it."""
-    losses: dict[Loss, tuple[list[Site], list[Site]]] = {}
-    for site, objective in objectives.items():
-        if objective.attribution is not None:
-            losses.setdefault(objective.attribution, ([], []))[0].append(site)
-        if takes_step:
-            losses.setdefault(objective.ascent, ([], []))[1].append(site)
-    return losses
-
-
-def _differentiate(run: _Pass, on_attribution: Receive, on_ascent: Receive | None) -> set[Site]:
-    """Hands on the gradients of a pass, each as it arrives; returns the sites that any loss depends on."""
-    features = None if run.feature is None else run.z[run.feature].unsqueeze(0)
-    alive: set[Site] = set()
-    losses = _by_loss(run.objectives, on_ascent is not None)
-    for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
-        receivers = [(set(attributed), on_attribution), (set(stepped), on_ascent)]
-        value = loss(run.logits.unsqueeze(0), features)
-        wanted = {site: run.z[site] for site in (*attributed, *stepped)}
-        alive |= _backward(value, wanted, run.roots, partial(_hand_on, receivers), retain=number < len(losses))
-    return alive
-
-
-def _hand_on(receivers: list[tuple[set[Site], Receive | None]], site: Site, gradient: Tensor) -> None:
-    for sites, receive in receivers:
-        if site in sites and receive is not None:
-            receive(site, gradient)
-
-
-def _backward(
-    value: Tensor, z: dict[Site, Tensor], roots: Sequence[Tensor], receive: Receive, retain: bool
-) -> set[Site]:
-    """Calls ``receive`` with d value / dz of every site: no two gradients are held at once."""
-    arrived: set[Site] = set()
-
-    def hook_for(site: Site) -> Callable[[Tensor], None]:
-        def fire(gradient: Tensor) -> None:
-            arrived.add(site)
-            receive(site, gradient)
-
-        return fire
-
-    handles = [tensor.register_hook(hook_for(site)) for site, tensor in z.items()]  # type: ignore[no-untyped-call]
-    try:
-        if value.requires_grad:
-            # A site need not depend on the roots. Without roots, the leaves are reached through all the other sites.
-            ends = [*roots, *z.values()] if roots else [t for t in z.values() if t.is_leaf] or list(z.values())
-            torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site in z.keys() - arrived:
-        receive(site, torch.zeros_like(z[site]))
-    return arrived
-
-
-def _gradients(value: Tensor, tensors: Sequence[Tensor], retain: bool) -> Sequence[Tensor]:
-    """d value / d tensor for each of ``tensors``, zero where there is no dependence."""
-    if not value.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(value, tensors, retain_graph=retain, allow_unused=True, materialize_grads=True)
 
 
 def _report_motion(observer: Observer, after: dict[Site, Tensor], before: dict[Site, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ for module in ("adjustText", "matplotlib", "pandas", "sklearn", "tqdm"):
 
 import pandas as pd
 from comparison import leaderboard, metrics, pictures, report
-from comparison.evaluation import Failure
+from comparison.evaluation import Failure, Scored
 from comparison.metrics import detection
-from comparison.table import FPR_OPENOOD, FPR_PAPER, METRICS, Run, results
+from comparison.table import DECISION, FPR_OPENOOD, FPR_PAPER, METRICS, Run, results
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -71,8 +71,27 @@ def test_several_networks_give_mean_and_standard_deviation() -> None:
     ]
     assert frame.loc[("near", "tin"), "AUROC"] == pytest.approx(np.mean(values))
     assert frame.loc[("near", "tin"), "AUROC std"] == pytest.approx(np.std(values))
-    assert not [column for column in frame.columns if column.endswith(("low", "high"))]
-    assert f"{np.mean(values):.2f} +- {np.std(values):.2f}" in report.screen(frame.reset_index(), runs[0].suite)
+    low, high = (frame.loc[("near", "tin"), f"AUROC {end}"] for end in ("low", "high"))
+    one = results(runs[:1]).set_index(["group", "OOD set"]).loc[("near", "tin")]
+    assert low < np.mean(values) < high
+    assert high - low < one["AUROC high"] - one["AUROC low"], "of the mean over networks"
+    assert f"{np.mean(values):.2f} +- {np.std(values):.2f} [{low:.2f}, {high:.2f}]" in report.screen(
+        frame.reset_index(), runs[0].suite
+    )
+
+
+def test_decisions_are_those_of_a_threshold_on_validation_images() -> None:
+    known = run(outcome("a", 0))
+    assert results([known], resamples=3)[list(DECISION)].isna().all(axis=None), "there are no validation images"
+    scored = dict(known.outcomes["a"].scored)
+    scored["known"] = Scored(*(np.zeros(40, dtype=np.int64),) * 2, np.arange(40.0))
+    scored["tin"] = Scored(*(np.zeros(30, dtype=np.int64),) * 2, np.arange(30.0) + 15)
+    scored["val"] = Scored(*(np.zeros(20, dtype=np.int64),) * 2, np.arange(20.0))  # 19 of them are at most 18
+    suite = replace(known.suite, validation=(replace(known.suite.in_distribution, name="val"),))
+    run_ = replace(known, suite=suite, outcomes={"a": replace(known.outcomes["a"], scored=scored)})
+    row = results([run_], resamples=3).set_index("OOD set").loc["tin"]
+    assert row["ID lost at threshold"] == pytest.approx(100 * 21 / 40)
+    assert row["OOD let in at threshold"] == pytest.approx(100 * 4 / 30)
 
 
 # ---------------------------------------------------------------- tables
@@ -179,6 +198,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
     known = many()
     paths = pictures.draw(tmp_path, results([known], resamples=2), known)

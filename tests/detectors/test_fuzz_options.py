@@ -75,7 +75,9 @@ def test_one_option(name: str, value: Any, variant: str) -> None:
     if text is not None:
         # Names of modules are looked up on the first batch, and found wanting one by one.
         given_names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        about_a_name = any(repr(item.strip()) in text for text_ in given_names for item in str(text_).split(","))
+        about_a_name = any(
+            repr(item.strip()) in text for given in given_names for item in (str(given), *str(given).split(","))
+        )
         assert name in text.partition(" ")[0] or about_a_name or (name == "splits" and "split point" in text), text
         assert any(
             word in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -17,7 +18,6 @@ from tests.helpers.oracle import Options, Reference
 RELATIVE = 1e-12
 COMBINES = ("count", "union", "intersection")
 
-every_network = pytest.mark.parametrize("case", networks.ALL, ids=lambda case: case.name)
 every_trap = pytest.mark.parametrize("case", networks.HANDMADE, ids=lambda case: case.name)
 SOME = [c for c in networks.HANDMADE if c.name in ("InPlaceResidual", "Reused", "Attention", "Branches")]
 some_networks = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -77,7 +77,7 @@ Z_SETTINGS = list(itertools.product((1, 2, 3), COMBINES))
 Z_SHORT = [(1, "union"), (2, "count")]
 
 
-@every_network
+@networks.each
 def test_z(case: Case) -> None:
     trap = case in networks.HANDMADE
     naive = reference(case, Options("Z", steps=3 if trap else 2, step_size=0.01))
@@ -101,7 +101,7 @@ def test_z_after_a_first_batch_of_another_kind(case: Case, combine: str, first: 
     assert_same(detector.densities(naive.x * 30), rescaled(case, 30).densities(combine))
 
 
-@every_network
+@networks.each
 def test_a(case: Case) -> None:
     trap = case in networks.HANDMADE
     naive = reference(case, Options("A", steps=3 if trap else 2, step_size=0.01, feature=case.feature))
@@ -162,6 +162,53 @@ def test_options_matter(case: Case) -> None:
         Options("Z", steps=3, step_size=0.01, ascent="max_logit"),
     ):
         assert not torch.allclose(reference(case, options).tau(), base, rtol=1e-9), options
+
+
+@pytest.mark.parametrize("splitting", [True, False], ids=["splitting", "input_only"])
+def test_a_path_stops_where_its_class_has_changed(splitting: bool) -> None:
+    net, x = flipping()
+    options = Options("Z", steps=4, step_size=0.01, splitting=splitting, stop_at_flip=True)
+    naive = Reference(net, x, ("1", "4"), options)
+    detector = detector_like(naive)
+    assert_agrees(detector, naive)
+    assert_same(detector.explain(x), naive.explain())
+    goes_on = Reference(net, x, ("1", "4"), replace(options, stop_at_flip=False))
+    stopped = (naive.tau() - goes_on.tau()).abs() > 1e-9
+    assert 0 < int(stopped.sum()) < len(x), "some of the images, not all, should be of that kind"
+
+
+def test_plain_paths_stop_too() -> None:
+    net, x = flipping()
+    naive = Reference(net, x, ("1", "4"), Options("Z", steps=4, step_size=0.01, stop_at_flip=True))
+    detector = detector_like(naive)
+    detector(x)
+    detector._network._plain_because = "the test wants it so"
+    assert_agrees(detector, naive)
+
+
+def flipping() -> tuple[nn.Module, Tensor]:
+    """A network and images of which some change their class within three steps of 0.01."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    with torch.no_grad():
+        net[8].weight[:2] *= torch.eye(2).repeat(1, 4)  # two classes see every other channel each
+        net[8].bias.zero_()
+    return net.double().eval(), torch.randn(24, 3, 8, 8, dtype=torch.float64)
+
+
+def test_a_denominator_for_each_channel() -> None:
+    net, x = flipping()
+    options = Options("A", step_size=0.01, feature="5", denominator="channel")
+    naive = Reference(net, x, ("1", "4"), options)
+    assert_agrees(detector_like(naive), naive)
+    assert not torch.allclose(naive.tau(), Reference(net, x, ("1", "4"), replace(options, denominator="mean")).tau())
+    net[3] = nn.Conv2d(8, 16, 3).double()
+    net[4], net[8] = nn.BatchNorm2d(16).double().eval(), nn.Linear(16, 4).double()
+    with pytest.raises(ValueError, match="split point '1' has 8 channels and F \\('5'\\) 16; name splits"):
+        detector_like(naive)(x)
 
 
 def test_a_union_that_the_first_gradient_does_not_tell() -> None:

@@ -184,7 +184,9 @@ OPTIONS: dict[str, list[Any]] = {
     "ascent": ["crossentropy", None],
     "top_fraction": [0, 1.1, -0.5, math.nan, "0.9", None, True],
     "top_over": ["channel", None],
+    "denominator": ["sum", None],
     "splitting": ["yes", 1, None],
+    "stop_at_flip": ["no", 0, None],
     "rectifier_shortcut": ["no", 0, None],
     "memory_fraction": [0, 1.5, math.nan, "half", None],
 }

@@ -44,6 +44,8 @@ class Options:
     feature: str = ""
     top_fraction: float = 0.9
     top_over: str = "channels"
+    denominator: str = "mean"
+    stop_at_flip: bool = False
     splitting: bool = True
 
 
@@ -149,16 +151,19 @@ def in_ball(z: Tensor, centre: Tensor, radius: float) -> Tensor:
 
 
 def walk(
-    start: Tensor, forward: Callable[[Tensor], tuple[Tensor, Tensor]], options: Options
+    start: Tensor, forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], options: Options, pred: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Eq. 9 and 4. ``forward`` maps z to (what is attributed, what the step ascends), both scalars."""
+    """Eq. 9, 4 and 3. ``forward`` maps z to (what is attributed, what the step ascends), both scalars, and logits."""
     z, activations, gradients = start, [start], []
     for _ in range(options.steps):
         z = z.detach().requires_grad_()
-        attributed, ascended = forward(z)
+        attributed, ascended, logits = forward(z)
         gradients.append(gradient(attributed, z))
-        z = (z + options.step_size * gradient(ascended, z).sign()).detach()
-        z = in_ball(z, start, options.epsilon)
+        moved = in_ball((z + options.step_size * gradient(ascended, z).sign()).detach(), start, options.epsilon)
+        for image, label in enumerate(pred):
+            if options.stop_at_flip and logits[image].argmax() != label:
+                moved[image] = z[image].detach()
+        z = moved
         activations.append(z)
     return activations, gradients
 
@@ -209,17 +214,22 @@ class Reference:
         start = activation(self.net, self.x, split)
         follow = self.options.variant == "A" and self.options.ascent == "max_logit"
 
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits, features = forward_with(self.net, self.x, split, z, feature)
             attributed = attribution(logits if features is None else features)
             # In variant A, "max_logit" ascends what is attributed, as the released code does; in Z they are the same.
-            return attributed, attributed if follow else self.ascent(logits)
+            return attributed, attributed if follow else self.ascent(logits), logits
 
-        return Path(*walk(start, forward, self.options), channel_dim(self.net, split, start))
+        return Path(*walk(start, forward, self.options, self.pred), channel_dim(self.net, split, start))
 
     def path_along_input(self, split: str, attribution: Loss, feature: str) -> Path:
         """The ablation: the input alone is attacked, and the split's gradients are read on the way."""
-        inputs, _ = walk(self.x, lambda x: (x.sum(), self.ascent(self.net(x))), self.options)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.net(x)
+            return x.sum(), self.ascent(logits), logits
+
+        inputs, _ = walk(self.x, forward, self.options, self.pred)
         activations, gradients = [activation(self.net, x, split) for x in inputs], []
         for x, z in zip(inputs[:-1], activations[:-1], strict=True):
             leaf = z.clone().requires_grad_()
@@ -234,14 +244,17 @@ class Reference:
         return self.paths[split].mean_gradient(steps).abs()
 
     def output(self, steps: int | None = None) -> Tensor:
-        """(B,): the denominator of Eq. 13, kept from zero where no unit behind F is active."""
+        """(B, 1), or (B, channels of F): Eq. 13's denominator, kept from zero where no unit behind F is active."""
         assert self.feature_path is not None
-        return self.feature_path.mean_gradient(steps).abs().mean(1).sqrt().clamp(min=1e-12)
+        slope = self.feature_path.mean_gradient(steps).abs()
+        if self.options.denominator == "mean":
+            slope = slope.mean(1, keepdim=True)
+        return slope.sqrt().clamp(min=1e-12)
 
     def densities(self, combine: str | None = None, steps: int | None = None) -> dict[str, Tensor]:
         """{split: (B, K)}: E of Eq. 11 (Z) or Eq. 13 (A)."""
         if self.options.variant == "A":
-            return {split: self.inner(split, steps) / self.output(steps)[:, None] for split in self.splits}
+            return {split: self.inner(split, steps) / self.output(steps) for split in self.splits}
         return {split: path.density(combine or self.options.combine, steps) for split, path in self.paths.items()}
 
     def tau(self, combine: str | None = None, steps: int | None = None) -> Tensor:

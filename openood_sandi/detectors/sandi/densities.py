@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -95,11 +95,12 @@ class ChannelAverage(Observer):
         splits: the split points, without F.
         feature: F.
         steps: T.
+        denominator: "mean", over the channels c of F as above; or "channel", where E_{j,k} has that of c = k alone.
     """
 
-    def __init__(self, splits: Sequence[Split], feature: Split, steps: int) -> None:
+    def __init__(self, splits: Sequence[Split], feature: Split, steps: int, denominator: str = "mean") -> None:
         self._at = {split.site: split for split in (*splits, feature)}
-        self._splits, self._feature, self._steps = splits, feature, steps
+        self._splits, self._feature, self._steps, self._denominator = splits, feature, steps, denominator
         self._sums: dict[Site, Tensor] = {}
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
@@ -110,8 +111,12 @@ class ChannelAverage(Observer):
         """{split name: (B, K)}, not negative."""
         exact = _exact(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
-        output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
-        if not output.is_cuda and not output.any():
+        output = mean[self._feature.site].sqrt()
+        if self._denominator == "mean":
+            output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
+        else:
+            self._require_channels(mean, output.shape[1])
+        if output.device.type == "cpu" and not output.any():
             raise ValueError(
                 f"the gradient of log-softmax at F ({self._feature.name!r}) is zero for every image, so Eq. 13 has no "
                 "value: the network's output is saturated (hard decisions, a softmax of large logits), or does not "
@@ -119,6 +124,15 @@ class ChannelAverage(Observer):
             )
         output = output.clamp_min(_SMALLEST_OUTPUT)
         return {split.name: mean[split.site] / output for split in self._splits}
+
+    def _require_channels(self, mean: Mapping[Site, Tensor], count: int) -> None:
+        for split in self._splits:
+            if mean[split.site].shape[1] != count:
+                raise ValueError(
+                    f'denominator="channel" divides channel by channel, but split point {split.name!r} has '
+                    f"{mean[split.site].shape[1]} channels and F ({self._feature.name!r}) {count}; name splits with as "
+                    'many, or take denominator="mean"'
+                )
 
 
 class AttributionMaps(Observer):

@@ -6,16 +6,17 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors import options as options_
+from openood_sandi.detectors.detector import Detector, Score
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
-from openood_sandi.engine import checks
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.splits import Split
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _READ_BY = {
     "Z": {"attribution", "combine", "rectifier_shortcut"},
-    "A": {"feature", "top_fraction", "top_over"},
+    "A": {"feature", "top_fraction", "top_over", "denominator"},
 }
 """Options that only one variant's scores depend on."""
 
@@ -35,7 +36,7 @@ Densities = tuple[Tensor, dict[str, Tensor]]
 """Logits (B, classes) and {split name: E (B, K)}."""
 
 
-class SandI:
+class SandI(Detector):
     """The S&I out-of-distribution detector (Zhang et al., "Splitting & Integrating", ICML 2025) for one network.
 
     ``pred, tau = SandI(net)(x)``: the predicted class and the score of Eq. 14, larger for out-of-distribution inputs.
@@ -47,6 +48,8 @@ class SandI:
         variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": as in
             the paper Z up to 100 classes and A above, but A as well where gradients are hardly ever zero, as Z would
             score all images alike there (:mod:`.variants`).
+        logits: a function that takes the logits (B, classes) out of what ``net`` returns, where that is an object, a
+            tuple or a dictionary: ``lambda output: output.logits`` for networks of Hugging Face's transformers.
         splits: the split points: "all" (every normalisation layer), "last_stage" (those of the last stage), module
             names and globs such as "layer4.*", as a list or separated by commas. "name#2" is the second call of
             a module. "auto" is "all" for Z and "last_stage" for A. Networks without normalisation layers are
@@ -55,6 +58,8 @@ class SandI:
         steps: T, the number of gradients taken along each path; 1 is GAIA (Chen et al., NeurIPS 2023).
         step_size: eta of Eq. 9.
         epsilon: the radius of Eq. 4's L2 ball; infinite, the default, for none.
+        stop_at_flip: True stops the path of an image where the class is another than the clean one, as Eq. 3 has it:
+            it takes no further step, and later gradients are those where it stopped. The released code goes on.
         combine: Z over the T gradients: "count" the non-zero ones, or the "union" or "intersection" of positions.
         attribution: L_attr, whose gradient is attributed by Z and :meth:`explain`: "max_logit" or "cross_entropy".
         ascent: L_step, which the path ascends: "cross_entropy" of the class predicted on the clean input, or
@@ -62,6 +67,8 @@ class SandI:
         top_fraction: the "top 90 %" of Eq. 12, at least one.
         top_over: of what: "channels" of F, by the gradient of the summed logits, as released; or "labels", by logit, as
             the paper words it: log-softmax is then summed over those labels, and F over all channels.
+        denominator: of Eq. 13: "mean", one number an image, over all channels of F, as released; or "channel", one for
+            each channel of F, as the paper's indices read, for splits that have as many channels as F.
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
         rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where
             these prove them (:mod:`.rectifiers`); False computes every gradient.
@@ -72,9 +79,11 @@ class SandI:
         ReplayError: where the network cannot be split; the message says where and what to do.
     """
 
+    @options_.plain_numbers
     def __init__(
         self,
         net: nn.Module,
+        logits: Callable[[Any], Tensor] | None = None,
         *,
         variant: str = "auto",
         splits: str | Sequence[str] = "auto",
@@ -82,62 +91,66 @@ class SandI:
         steps: int = 2,
         step_size: float = 1e-3,
         epsilon: float = math.inf,
+        stop_at_flip: bool = False,
         combine: str = "count",
         attribution: str = "max_logit",
         ascent: str = "cross_entropy",
         top_fraction: float = 0.9,
         top_over: str = "channels",
+        denominator: str = "mean",
         splitting: bool = True,
         rectifier_shortcut: bool = True,
         memory_fraction: float = 0.5,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "net")}
+        options = {name: value for name, value in locals().items() if name not in ("self", "net", "logits")}
         options_.require_choice(
-            variant=variant, combine=combine, attribution=attribution, ascent=ascent, top_over=top_over
+            variant=variant,
+            combine=combine,
+            attribution=attribution,
+            ascent=ascent,
+            top_over=top_over,
+            denominator=denominator,
         )
         options_.require_count(steps=steps)
         options_.require_positive(step_size=step_size, epsilon=epsilon)
         options_.require_share(top_fraction=top_fraction, memory_fraction=memory_fraction)
-        options_.require_switch(splitting=splitting, rectifier_shortcut=rectifier_shortcut)
+        options_.require_switch(splitting=splitting, stop_at_flip=stop_at_flip, rectifier_shortcut=rectifier_shortcut)
         options_.require_names(splits=splits)
         options_.require_name(feature=feature)
-        self.options: dict[str, object] = options
-        self.combine, self.top_fraction, self.top_over = combine, top_fraction, top_over
+        self.options = options
+        self.combine, self.top_fraction, self.top_over, self.denominator = combine, top_fraction, top_over, denominator
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
-        self.attack = Attack(steps, step_size, epsilon)
+        self.attack = Attack(steps, step_size, epsilon, stop_at_flip)
         self.rectifier_shortcut = rectifier_shortcut
         self._choice = VariantChoice(variant, splits, feature)
-        self._network = SplitNetwork(net, splits=self._choice, memory_fraction=memory_fraction)
+        self._network = SplitNetwork(net, logits, splits=self._choice, memory_fraction=memory_fraction)
         self._z: Callable[[Tensor], Densities] | None = None
         self._z_splits: Sequence[Split] = ()
         self._told_apart = self._told_unread = False
 
     # ------------------------------------------------------------------ public
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted classes and scores of a batch.
+    def _summary(self, x: Tensor) -> Score:
+        """Predicted classes and scores, tau of Eq. 14, in float32, in float64 where the logits are.
 
-        Args:
-            x: images (B, C, H, W) as the network expects them, on its device.
-
-        Returns:
-            ``pred`` (B,) int64 and ``tau`` (B,) in float32, in float64 where the logits are: Eq. 14, larger = more
-            out-of-distribution. An image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The
-            others are not affected.
+        An image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The others are not affected.
 
         Raises:
             ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = self._network.over(x, self._scored, _columns)
+        pred, tau, finite = self._network.over(x, self._tau, _columns)
         if not finite:
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
         if not self._told_unread:
             self._tell_unread()
         if not self._told_apart:
             self._look_at_first(x, tau)
-        return pred, tau
+        return Score(pred, tau)
+
+    def _scored(self, summary: Score) -> Tensor:
+        return summary.score
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
@@ -149,7 +162,7 @@ class SandI:
 
     def not_finite(self, x: Tensor) -> list[str]:
         """For each of the images ``x`` (B, C, H, W) that has no score, where NaN or infinity comes from."""
-        return checks.not_finite(self.net, x)
+        return self._network.not_finite(x)
 
     @property
     def net(self) -> nn.Module:
@@ -177,18 +190,17 @@ class SandI:
         images of A, had their gradients computed."""
         return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
 
-    def __repr__(self) -> str:
-        told = {**self.options, "variant": self.variant}
+    def _told(self) -> dict[str, Any]:
+        told = {**super()._told(), "variant": self.variant}
         if self._network.is_split:
             names = self.split_names
             told["splits"] = list(names) if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
             told["feature"] = self.feature_name
-        options = ", ".join(f"{name}={value!r}" for name, value in told.items())
-        return f"{type(self).__name__}({type(self.net).__name__}, {options})"
+        return told
 
     # ------------------------------------------------------------------ scoring
 
-    def _scored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tau(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted classes, scores, and whether logits are finite, (B,) each."""
         logits, densities = self._densities(x)
         finite = logits.isfinite().all(1)
@@ -216,7 +228,7 @@ class SandI:
         feature = self._choice.feature
         assert feature is not None
         splits = self._network.splits
-        average = ChannelAverage(splits, feature, self.attack.steps)
+        average = ChannelAverage(splits, feature, self.attack.steps, self.denominator)
         plan = channel_average_plan(splits, feature, self.ascent, self.top_fraction, self.top_over)
         walk = Walk(plan, self.attack, feature.site, self._input_ascent())
         logits = self._network.walk(x, walk, average, (*splits, feature))
@@ -270,7 +282,7 @@ class SandI:
 def _columns(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:
     """Classes and scores of all parts, and False if one is seen not to be finite."""
     pred, tau, finite = map(torch.cat, zip(*parts, strict=True))
-    return pred, tau, finite.is_cuda or bool(finite.all())  # on a GPU, to look would be to wait for it
+    return pred, tau, finite.device.type != "cpu" or bool(finite.all())  # on a GPU, to look would be to wait for it
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
