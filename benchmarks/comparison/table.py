@@ -88,7 +88,7 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     given, their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
     rows = []
-    for name in progress(list(runs[0].outcomes), "metrics", "method"):
+    for name in progress(list(runs[0].outcomes), "metrics", "methods"):
         spreads = _spreads(runs, name, resamples)
         costs = _costs(runs[0].outcomes[name].expense)
         for group in groups(runs[0].suite):
