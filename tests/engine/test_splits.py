@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from openood_sandi import SandI
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from tests.helpers import split_networks as N
+from tests.helpers.cases import prepared
+from tests.helpers.trap_networks import InPlaceResidual
 
 
 def recorded(net: nn.Module, size: tuple[int, int] = (8, 8), images: int = 2) -> RecordedNetwork:
@@ -233,3 +236,13 @@ class Gated(nn.Module):
 
 def test_half_a_result_is_no_split_point() -> None:
     assert names(recorded(Gated()).splits("all", default="all")) == ["stem"]
+
+
+def test_split_points_are_found_again_where_a_layer_is_replaced() -> None:
+    net, x = prepared(InPlaceResidual)
+    detector = SandI(net, variant="Z")
+    detector(x)
+    net.norm1 = nn.Identity()
+    tau = detector(x)[1]
+    assert "norm1" not in detector.split_names
+    assert torch.equal(tau, SandI(net, variant="Z")(x)[1])
