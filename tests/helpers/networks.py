@@ -240,7 +240,17 @@ ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]
 
 #: Those that take seconds against a reference.
 SLOW = {
-    *("bit", "inception_v3", "googlenet", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
+    *(
+        "alexnet",
+        "bit",
+        "swin_v2",
+        "inception_v3",
+        "googlenet",
+        "maxvit",
+        "mnasnet",
+        "mobilenet_v3_small",
+        "resnet18_224x224",
+    ),
     *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5"),
 }
 #: Each network, for a test's parameter ``case``.
