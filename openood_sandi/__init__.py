@@ -14,21 +14,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+    from openood_sandi.detectors.detector import Detector, Scores
     from openood_sandi.detectors.gsc import GradientShortCircuit
     from openood_sandi.detectors.info import DetectorInfo
     from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+    from openood_sandi.detectors.sandi.calibrated import SandIC
     from openood_sandi.detectors.sandi.detector import SandI
     from openood_sandi.engine.backward import Objective
     from openood_sandi.engine.errors import ReplayError
     from openood_sandi.engine.network import SplitNetwork
     from openood_sandi.engine.walk import Observer, Walk
     from openood_sandi.plugin.seams import register
+    from openood_sandi.runs.loaders import folder
     from openood_sandi.runs.score import score_dataset
 
 __version__ = "0.1.0"
 
 #: The public names, and the modules that they are loaded from.
 _HOMES = {
+    "Detector": "detectors.detector",
     "DetectorInfo": "detectors.info",
     "GradientShortCircuit": "detectors.gsc",
     "Objective": "engine.backward",
@@ -36,13 +40,17 @@ _HOMES = {
     "PrototypeFusion": "detectors.prototype_fusion",
     "ReplayError": "engine.errors",
     "SandI": "detectors.sandi.detector",
+    "SandIC": "detectors.sandi.calibrated",
+    "Scores": "detectors.detector",
     "SplitNetwork": "engine.network",
     "Walk": "engine.walk",
+    "folder": "runs.loaders",
     "register": "plugin.seams",
     "score_dataset": "runs.score",
 }
 
 __all__ = [
+    "Detector",
     "DetectorInfo",
     "GradientShortCircuit",
     "Objective",
@@ -50,9 +58,12 @@ __all__ = [
     "PrototypeFusion",
     "ReplayError",
     "SandI",
+    "SandIC",
+    "Scores",
     "SplitNetwork",
     "Walk",
     "__version__",
+    "folder",
     "register",
     "score_dataset",
 ]

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "openood_sandi"
 #: For each subpackage, what of this package it may import.
 ALLOWED = {
     "engine": ("engine.",),
-    "detectors": ("detectors.", "engine."),
+    "detectors": ("detectors.", "engine.", "runs."),
     "runs": ("runs.",),
     "plugin": ("plugin.", "runs.", "startup.", "detectors.info.", "moved."),
 }

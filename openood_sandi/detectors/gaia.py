@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from openood_sandi.detectors.info import DetectorInfo
+from openood_sandi.detectors.options import plain_numbers
 from openood_sandi.detectors.sandi.detector import SandI
 
 __all__ = ["GAIA", "INFO"]
@@ -37,6 +38,7 @@ class GAIA(SandI):
         attribution: the loss whose gradient is attributed by Z: "max_logit" or "cross_entropy".
     """
 
+    @plain_numbers
     def __init__(
         self,
         net: nn.Module,

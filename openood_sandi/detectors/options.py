@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = [
     "as_option",
     "options_of",
+    "plain_numbers",
     "require_choice",
     "require_count",
     "require_name",
@@ -45,7 +48,7 @@ def as_option(detector: Callable[..., Any], name: str, value: Any) -> Any:
     Raises:
         TypeError: it has another type.
     """
-    parameter = _parameters(detector)[name]
+    parameter, value = _parameters(detector)[name], _plain(value)
     kind = type(parameter.default)
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
@@ -53,6 +56,23 @@ def as_option(detector: Callable[..., Any], name: str, value: Any) -> Any:
     takes_lists = "Sequence[" in str(parameter.annotation)  # names, in one string or as a list
     if not isinstance(value, kind) and not (takes_lists and isinstance(value, list)):
         raise TypeError(f"{name}={value!r}: expected {_KINDS.get(kind, f'a {kind.__name__}')}")
+    return value
+
+
+def plain_numbers(init: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a detector's ``__init__`` so that options may be NumPy's numbers, as ``np.int64(2)``."""
+
+    @functools.wraps(init)
+    def with_plain_numbers(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **{name: _plain(value) for name, value in options.items()})
+
+    return with_plain_numbers
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy's or torch's as Python's own."""
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
+        return value.item()
     return value
 
 

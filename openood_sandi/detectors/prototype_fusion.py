@@ -14,13 +14,16 @@ prototype (the authors' release gives it a random one); all layers weigh the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
+from openood_sandi.detectors.options import plain_numbers
 from openood_sandi.engine import checks
 from openood_sandi.engine.features import pooled, require_called, stages
 
@@ -39,8 +42,19 @@ INFO = DetectorInfo(
 )
 
 
-class PrototypeFusion:
+class Features(NamedTuple):
+    """What a score needs to know of images."""
+
+    pred: Tensor
+    """Predicted classes (B,)."""
+    vectors: Tensor
+    """z_l of all layers side by side (B, channels of all), each of length 1."""
+
+
+class PrototypeFusion(Detector):
     """The Prototype Fusion detector: ``pred, score = PrototypeFusion(net).fit(batches)(x)``, a larger score for OOD.
+
+    The score is 1 - affinity, from 0 to 2. Training images with a negative label make no prototype.
 
     Args:
         net: a classifier in eval mode.
@@ -51,59 +65,76 @@ class PrototypeFusion:
             N can be changed without another fit.
     """
 
+    fitted = INFO.fitted
+
+    @plain_numbers
     def __init__(self, net: nn.Module, *, layers: str | Sequence[str] = "last_3") -> None:
         names = [name.strip() for name in layers.split(",")] if isinstance(layers, str) else list(layers)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f'layers={layers!r}: expected "last_3", "last_2", ... or names of modules')
         last = re.fullmatch(r"last_([1-9]\d*)", names[0])
-        self.net = checks.eager_network(net)
+        self.options = {"layers": layers}
         self.prototypes: Mapping[str, Tensor] = {}
+        self._net = checks.eager_network(net)
         self._last = int(last[1]) if last and len(names) == 1 else None
         self._named = tuple(names) if self._last is None else ()
+        self._found: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        """The network."""
+        return self._net
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> PrototypeFusion:
-        """Compute the prototypes from training images (B, C, H, W) and labels (B,), on the network's device.
-
-        Images with a negative label are left out.
-
-        Raises:
-            ValueError: if there are no images.
-        """
-        device = next(self.net.parameters()).device
-        sums: dict[str, Tensor] = {}
-        seen = torch.zeros(0)
-        for images, labels in batches:
-            known = labels >= 0
-            images, labels = images[known].to(device), labels[known].to(device)
-            if not len(images):
-                continue
-            if not sums:
-                names = self._layers(images)
-            features, logits = self._features(images, names)
-            if not sums:
-                classes = logits.shape[1]
-                sums = {name: z.new_zeros(classes, z.shape[1], dtype=torch.double) for name, z in features.items()}
-                seen = torch.zeros(classes, dtype=torch.bool, device=device)
-            for name, z in features.items():
-                sums[name].index_add_(0, labels, z.double())
-            seen[labels] = True
-        if not sums:
-            raise ValueError("no training images: every class needs some for its prototype")
-        self.prototypes = {name: F.normalize(total[seen], dim=1).float().cpu() for name, total in sums.items()}
-        return self
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) to predicted classes (B,) int64 and scores 1 - affinity (B,), from 0 to 2."""
+    def _summary(self, x: Tensor) -> Features:
         checks.require_images(x)
         checks.require_eval(self.net)
-        names = self._named or tuple(self.prototypes)[-(self._last or 0) :]
+        self._found = self._found or self._layers(x)
+        with pooled(self.net, self._found) as found:
+            logits = self.net(x)
+        vectors = [F.normalize(found[name], dim=1) for name in self._found]
+        self._widths = [vector.shape[1] for vector in vectors]
+        self._classes = logits.shape[1]
+        return Features(logits.argmax(1), torch.cat(vectors, 1))
+
+    def _scored(self, summary: Features) -> Tensor:
+        """1 - affinity (B,).
+
+        Raises:
+            RuntimeError: there are no prototypes.
+        """
+        names = self._named or self._found[-(self._last or 0) :]
+        if not self.prototypes:
+            raise RuntimeError("no prototypes: call fit first")
         absent = [name for name in names if name not in self.prototypes]
-        if absent or not names:
-            raise RuntimeError(f"no prototypes{' of ' * bool(absent)}{', '.join(absent)}: call fit first")
-        features, logits = self._features(x, names)
-        return logits.argmax(1), 1 - affinity(features, self.prototypes)
+        if absent:
+            raise RuntimeError(f"no prototypes of {', '.join(absent)}: call fit first")
+        by_layer = self._by_layer(summary.vectors)
+        return 1 - affinity({name: by_layer[name] for name in names}, self.prototypes)
+
+    def _by_layer(self, vectors: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._found, torch.split(vectors, self._widths, 1), strict=True))
+
+    # ------------------------------------------------------------------ fit
+
+    def _start(self) -> None:
+        self._sums, self._seen = None, torch.zeros(0)
+
+    def _learn(self, summary: Features, labels: Tensor) -> None:
+        known = labels >= 0
+        vectors, labels = summary.vectors[known], labels[known]
+        if self._sums is None:
+            self._sums = vectors.new_zeros(self._classes, vectors.shape[1], dtype=torch.double)
+            self._seen = torch.zeros(self._classes, dtype=torch.bool, device=vectors.device)
+        self._sums.index_add_(0, labels, vectors.double())
+        self._seen[labels] = True
+
+    def _settle(self, held: Features) -> None:
+        if self._sums is None or not self._seen.any():
+            raise ValueError("no training images with labels: every class needs some for its prototype")
+        sums = self._by_layer(self._sums[self._seen])
+        self.prototypes = {name: F.normalize(total, dim=1).float().cpu() for name, total in sums.items()}
 
     def _layers(self, x: Tensor) -> tuple[str, ...]:
         """The layers to compute prototypes of."""
@@ -117,11 +148,6 @@ class PrototypeFusion:
                 "ask for fewer, or name modules"
             )
         return found
-
-    def _features(self, x: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        with pooled(self.net, names) as found:
-            logits = self.net(x)
-        return {name: F.normalize(found[name], dim=1) for name in names}, logits
 
 
 def affinity(features: Mapping[str, Tensor], prototypes: Mapping[str, Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ def in_loops(net: nn.Module, x: Tensor, layers: tuple[str, ...], batches: list[t
 @pytest.mark.parametrize("layers", ["last_3", "last_1", "stage1,stage3", ["stage2"]])
 def test_against_loops(net: nn.Module, x: Tensor, layers: str | list[str]) -> None:
     names = {"last_3": STAGES, "last_1": STAGES[2:], "stage1,stage3": STAGES[::2]}.get(str(layers), ("stage2",))
-    pred, score = PrototypeFusion(net, layers=layers).fit(training())(x)
+    pred, score = PrototypeFusion(net, layers=layers).fit(training(), val=training())(x)
     torch.testing.assert_close(
         score, torch.tensor(in_loops(net, x, names, training()), dtype=torch.double), rtol=0, atol=1e-6
     )  # prototypes are kept in single precision
@@ -75,32 +75,32 @@ def test_against_loops(net: nn.Module, x: Tensor, layers: str | list[str]) -> No
 
 
 def test_neither_batches_nor_scales_nor_ood_images_matter(net: nn.Module, x: Tensor) -> None:
-    expected = PrototypeFusion(net).fit(training())(x)[1]
+    expected = PrototypeFusion(net).fit(training(), val=training())(x)[1]
     reordered = [(images.flip(0), labels.flip(0)) for images, labels in reversed(training(7))]
     unknown = (tiny_suite.images(8, 2, 9).double(), torch.full((8,), -1))
-    torch.testing.assert_close(PrototypeFusion(net).fit([unknown, *reordered])(x)[1], expected)
+    torch.testing.assert_close(PrototypeFusion(net).fit([unknown, *reordered], val=training())(x)[1], expected)
     net.stage3.register_forward_hook(lambda _module, _arguments, output: 5 * output)
-    torch.testing.assert_close(PrototypeFusion(net).fit(training())(x)[1], expected)
+    torch.testing.assert_close(PrototypeFusion(net).fit(training(), val=training())(x)[1], expected)
 
 
 def test_a_class_without_images_has_no_prototype(net: nn.Module, x: Tensor) -> None:
     one_image_a_class = [(x[:3], torch.tensor([0, 2, 5]))]
-    detector = PrototypeFusion(net).fit(one_image_a_class)
+    detector = PrototypeFusion(net).fit(one_image_a_class, val=training())
     assert {len(prototypes) for prototypes in detector.prototypes.values()} == {3}
     torch.testing.assert_close(detector(x)[1][:3], torch.zeros(3, dtype=torch.double), rtol=0, atol=1e-6)
     assert (detector(x)[1][3:] > 1e-4).all()
 
 
 def test_one_fit_serves_every_number_of_stages(net: nn.Module, x: Tensor) -> None:
-    fitted = PrototypeFusion(net, layers="last_1").fit(training()).prototypes
+    fitted = PrototypeFusion(net, layers="last_1").fit(training(), val=training()).prototypes
     again = PrototypeFusion(net, layers="last_3")
     again.prototypes = fitted
-    assert torch.equal(again(x)[1], PrototypeFusion(net).fit(training())(x)[1])
+    assert torch.equal(again(x)[1], PrototypeFusion(net).fit(training(), val=training())(x)[1])
 
 
 def test_the_network_is_left_as_found(net: nn.Module, x: Tensor) -> None:
     before = surroundings(net, x)
-    PrototypeFusion(net).fit(training())(x)
+    PrototypeFusion(net).fit(training(), val=training())(x)
     assert surroundings(net, x) == before
 
 
@@ -108,11 +108,11 @@ def test_what_cannot_be_done_is_said(net: nn.Module, x: Tensor) -> None:
     with pytest.raises(RuntimeError, match="no prototypes: call fit first"):
         PrototypeFusion(net)(x)
     with pytest.raises(ValueError, match="this network has 3 stages"):
-        PrototypeFusion(net, layers="last_4").fit(training())
+        PrototypeFusion(net, layers="last_4").fit(training(), val=training())
     with pytest.raises(ValueError, match="calls no module 'stage4'; did you mean stage"):
-        PrototypeFusion(net, layers="stage4").fit(training())
+        PrototypeFusion(net, layers="stage4").fit(training(), val=training())
     with pytest.raises(ValueError, match="no training images"):
-        PrototypeFusion(net).fit([])
+        PrototypeFusion(net).fit([], val=training())
     for layers in ("", [], [3]):
         with pytest.raises(ValueError, match="layers="):
             PrototypeFusion(net, layers=layers)

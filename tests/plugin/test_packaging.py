@@ -112,7 +112,7 @@ def test_description_and_classes_come_from_the_detectors() -> None:
         "print('torch' in sys.modules)"
     )
     summary, torch_imported = evaluate(installation.wheel_python(), code).splitlines()
-    assert summary == "Out-of-distribution detection for OpenOOD: S&I, GAIA, GSC and Prototype Fusion"
+    assert summary == "Out-of-distribution detection for OpenOOD: S&I, S&I-C, GAIA, GSC and Prototype Fusion"
     assert torch_imported == "False"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors import options as options_
+from openood_sandi.detectors.detector import Detector, Score
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
@@ -35,7 +36,7 @@ Densities = tuple[Tensor, dict[str, Tensor]]
 """Logits (B, classes) and {split name: E (B, K)}."""
 
 
-class SandI:
+class SandI(Detector):
     """The S&I out-of-distribution detector (Zhang et al., "Splitting & Integrating", ICML 2025) for one network.
 
     ``pred, tau = SandI(net)(x)``: the predicted class and the score of Eq. 14, larger for out-of-distribution inputs.
@@ -78,6 +79,7 @@ class SandI:
         ReplayError: where the network cannot be split; the message says where and what to do.
     """
 
+    @options_.plain_numbers
     def __init__(
         self,
         net: nn.Module,
@@ -115,7 +117,7 @@ class SandI:
         options_.require_switch(splitting=splitting, stop_at_flip=stop_at_flip, rectifier_shortcut=rectifier_shortcut)
         options_.require_names(splits=splits)
         options_.require_name(feature=feature)
-        self.options: dict[str, object] = options
+        self.options = options
         self.combine, self.top_fraction, self.top_over, self.denominator = combine, top_fraction, top_over, denominator
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon, stop_at_flip)
@@ -128,30 +130,27 @@ class SandI:
 
     # ------------------------------------------------------------------ public
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted classes and scores of a batch.
+    def _summary(self, x: Tensor) -> Score:
+        """Predicted classes and scores, tau of Eq. 14, in float32, in float64 where the logits are.
 
-        Args:
-            x: images (B, C, H, W) as the network expects them, on its device.
-
-        Returns:
-            ``pred`` (B,) int64 and ``tau`` (B,) in float32, in float64 where the logits are: Eq. 14, larger = more
-            out-of-distribution. An image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The
-            others are not affected.
+        An image whose logits are not finite has tau = NaN; :meth:`not_finite` says why. The others are not affected.
 
         Raises:
             ValueError, TypeError: the images are not what the network takes, or the network is in train mode.
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = self._network.over(x, self._scored, _columns)
+        pred, tau, finite = self._network.over(x, self._tau, _columns)
         if not finite:
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
         if not self._told_unread:
             self._tell_unread()
         if not self._told_apart:
             self._look_at_first(x, tau)
-        return pred, tau
+        return Score(pred, tau)
+
+    def _scored(self, summary: Score) -> Tensor:
+        return summary.score
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
@@ -191,18 +190,17 @@ class SandI:
         images of A, had their gradients computed."""
         return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
 
-    def __repr__(self) -> str:
-        told = {**self.options, "variant": self.variant}
+    def _told(self) -> dict[str, Any]:
+        told = {**super()._told(), "variant": self.variant}
         if self._network.is_split:
             names = self.split_names
             told["splits"] = list(names) if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
             told["feature"] = self.feature_name
-        options = ", ".join(f"{name}={value!r}" for name, value in told.items())
-        return f"{type(self).__name__}({type(self.net).__name__}, {options})"
+        return told
 
     # ------------------------------------------------------------------ scoring
 
-    def _scored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tau(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted classes, scores, and whether logits are finite, (B,) each."""
         logits, densities = self._densities(x)
         finite = logits.isfinite().all(1)
