@@ -1,7 +1,7 @@
 """A network that leans on all that Python offers, and what can be changed of it, for tests of the digests.
 
-Run as a script with the name of a change it prints the digests: ``identity_cases.py FOLDER [CHANGE]``; the folder
-has the modules that :func:`write_modules` has written.
+Run as a script with the name of a change it prints the digests: ``python identity_cases.py FOLDER [CHANGE]``; the
+folder has the modules that :func:`write_modules` has written.
 """
 
 from __future__ import annotations

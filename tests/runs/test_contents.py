@@ -145,9 +145,8 @@ def test_unequal_last_bits_stay_beside_each_other(folder: Path, tmp_path: Path) 
     with np.load(path) as arrays:
         key = json.loads(str(arrays["key"]))
     files = Pixels(folder).files
-    one = ScoreCache(path.parent).entry(
-        key, {number: files[2 * number : 2 * number + 2] for number in range(COUNT // 2)}
-    )
+    paths = {number: files[2 * number : 2 * number + 2] for number in range(COUNT // 2)}
+    one = ScoreCache(path.parent).entry(key, paths)
     found = one.found
     one.complete({number: batch._replace(score=np.nextafter(batch.score, 1e9)) for number, batch in found.items()})
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
