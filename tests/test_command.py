@@ -40,7 +40,8 @@ def place(tmp_path: Path) -> Path:
 
 def call(place: Path, *arguments: str, network: bool = True) -> int:
     of_network = ["--network", f"{place}/mine.py:network", "--checkpoint", f"{place}/weights.pt", *TRANSFORM]
-    return main([*arguments, *(of_network if network else []), "--device", "cpu"])
+    call, *others = arguments
+    return main([call, *(of_network if network else []), "--device", "cpu", *others])
 
 
 def transform(image: Any) -> Tensor:
@@ -104,10 +105,8 @@ def test_heat_maps(place: Path, capsys: Any) -> None:
     detector = SandI(tiny_suite.network(), steps=1)
     image = transform(Image.open(place / "new/04.png"))
     maps = detector.explain(image[None])
-    total = sum(
-        torch.nn.functional.interpolate(found.abs()[:, None], size=(16, 16), mode="bilinear") / found.abs().max()
-        for found in maps.values()
-    )[0, 0]
+    resized = [torch.nn.functional.interpolate(m.abs()[:, None], size=(16, 16), mode="bilinear") for m in maps.values()]
+    total = sum(magnitude / magnitude.max() for magnitude in resized)[0, 0]
     found = np.asarray(Image.open(place / "maps/04.png.png"))
     np.testing.assert_allclose(found, (total / total.max() * 255).detach().numpy(), atol=1.1)
 
