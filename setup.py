@@ -75,7 +75,8 @@ OPENOOD = [  # what OpenOOD needs to be imported on a current Python; openood_sa
 ]
 
 TESTING = ["build", "hypothesis", "pytest", "pytest-xdist", "pyyaml>=5.4.1", "safetensors", "setuptools>=77"]
-BENCH = ["matplotlib", "pandas", "pytorch-ood", "scikit-learn", "timm", "torchvision", "tqdm"]
+BENCH = ["adjusttext", "jinja2", "matplotlib", "pandas", "plotly", "pytorch-ood", "scikit-learn", "timm", "torchvision"]
+BENCH += ["tqdm"]
 
 setup(
     name="openood-sandi",

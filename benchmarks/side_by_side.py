@@ -3,9 +3,9 @@
     python benchmarks/side_by_side.py
 
 trains a small network on scikit-learn's handwritten digits (a few seconds, then cached), scores digits,
-letters, photographs and noise with every method and prints a table; nothing is downloaded. ``--data`` names other
-data. With ``--out DIR`` the tables are also written as CSV, Markdown and JSON, with pictures, the S&I paper's tables
-and what OpenOOD's leaderboard asks for.
+letters, photographs and noise with every method, prints a table and writes ``report.html``, which a browser shows;
+nothing is downloaded. ``--data`` names other data. With ``--out DIR`` the tables are also written as CSV, Markdown and
+JSON, with pictures, the S&I paper's tables and what OpenOOD's leaderboard asks for.
 
 Scores and costs are kept in ``--cache`` as they come: an interrupted run goes on where it was, and a finished one is
 only reported again.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.console import device, positive, progress
-from comparison.environment import environment, same_arithmetic_on_gpus
+from comparison.console import Parser, device, positive, progress
+from comparison.environment import environment, on_quickest_threads, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
 from comparison.table import Run, results
@@ -36,10 +37,10 @@ from openood_sandi.runs import ranks
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     sources.add_arguments(parser)
     add = parser.add_argument
-    names = "names, 'default' or 'all'; a wrong name lists them; default: default"
+    names = "names or titles, 'default' or 'all'; a wrong one lists them; default: default"
     add("--methods", nargs="+", default=["default"], metavar="METHOD", help=names)
     add("--limit", type=positive, help="use only LIMIT images of every set")
     add("--batch-size", type=positive, default=200, help="default: %(default)s")
@@ -49,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", type=device, default=ranks.own_device(), help=where)
     yes_or_no = argparse.BooleanOptionalAction
     add("--cost", action=yes_or_no, default=True, help="whether to measure it; default: yes")
-    add("--pictures", action=yes_or_no, default=True, help="whether to draw them; default: yes")
-    add("--out", type=Path, metavar="DIR", help="write tables and pictures there")
+    add("--pictures", action=yes_or_no, default=True, help="whether to draw them, and report.html; default: yes")
+    out = "write tables, pictures and report.html there; default: report.html alone, in CACHE/reports/DATA_NETWORK"
+    add("--out", type=Path, metavar="DIR", help=out)
     return parser
 
 
@@ -98,10 +100,12 @@ class _Comparison:
         options = self._options
         for seed in options.seeds:
             suite = self._decoder.suite(sources.load(options, seed).limited(options.limit))
-            chosen, reasons = _chosen(options.methods, *methods.available(suite))
+            chosen, reasons, asked = _chosen(options.methods, *methods.available(suite))
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
-            self.failed |= any(name in options.methods for name in reasons)
+            self.failed |= not asked.isdisjoint(reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            if seed == options.seeds[0] and options.device.type == "cpu":
+                on_quickest_threads(suite.network, next(iter(suite.in_distribution.loader(options.batch_size)))[0])
             outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
             self._outcomes.append(outcomes)
@@ -137,6 +141,8 @@ class _Comparison:
             report.write(folder, frame, runs, failures, about, extra)
             leaderboard.write(folder / "leaderboard", frame, runs, about)
             print(f"\nWritten to {folder}.")
+        if self._options.pictures:
+            self._write_html((folder or self._reports(first)) / "report.html", frame, runs, about)
 
     def _finished(self) -> list[Run]:
         """The methods scored with every network; a last one without any, after an interruption, is left out."""
@@ -147,6 +153,22 @@ class _Comparison:
                 networks = zip(self._options.seeds, self._evaluations, outcomes, strict=False)
                 return [Run(seed, e.suite, {name: found[name] for name in done}) for seed, e, found in networks]
         return []
+
+    def _reports(self, run: Run) -> Path:
+        """Where the report goes that nobody named a folder for."""
+        cache: Path = self._options.cache
+        return cache / "reports" / re.sub(r"[^\w.-]+", "_", f"{run.suite.name}_{run.suite.network_name}")
+
+    def _write_html(self, path: Path, frame: pd.DataFrame, runs: list[Run], about: dict[str, object]) -> None:
+        """``report.html``; what it lacks to be written is told, and costs nothing else."""
+        try:
+            from comparison import html_report
+
+            html_report.write(path, frame, runs, list(self._failures.values()), about, self._options.device)
+            print(f"\nReport, for a browser: {path.resolve()}")
+        except Exception as error:
+            hint = ' Supply it by pip install -e ".[bench]".' if isinstance(error, ImportError) else ""
+            print(f"No report.html: {type(error).__name__}: {error}.{hint}", file=sys.stderr)
 
     def _draw(self, folder: Path, frame: pd.DataFrame, run: Run) -> list[str]:
         """The pictures, and Markdown that shows them."""
@@ -162,6 +184,8 @@ class _Comparison:
         """An error of the method's is noted, unless other ranks are waiting for this one's scores."""
         try:
             yield
+        except SourceError:  # images that nobody can read
+            raise
         except Exception as error:
             if ranks.world_size() > 1 and not alone:
                 raise
@@ -172,18 +196,21 @@ class _Comparison:
 
 def _chosen(
     wanted: Sequence[str], runnable: dict[str, Method], reasons: dict[str, str]
-) -> tuple[list[Method], dict[str, str]]:
-    """The methods that the command line names, in the registry's order, and those of them that cannot run, and why."""
+) -> tuple[list[Method], dict[str, str], set[str]]:
+    """The methods that the command line names, in the registry's order; those of them that cannot run, and why; and
+    which it asks for one by one."""
     known = [*runnable, *reasons]
-    names: set[str] = set()
+    called = methods.called(runnable, known)
     for name in wanted:
-        if name not in ("default", "all", *known):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+        if name.casefold() not in called:
+            near = difflib.get_close_matches(name.casefold(), called, 1)
+            hint = f"; did you mean {called[near[0]]}?" if near else ""
             parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
-        names |= set(methods.DEFAULT if name == "default" else known if name == "all" else [name])
+    asked = {called[name.casefold()] for name in wanted}
+    groups = {"default": methods.DEFAULT, "all": known}
+    names = {name for one in asked for name in groups.get(one, [one])}
     chosen = [method for name, method in runnable.items() if name in names]
-    return chosen, {name: reason for name, reason in reasons.items() if name in names}
+    return chosen, {name: reason for name, reason in reasons.items() if name in names}, asked
 
 
 if __name__ == "__main__":

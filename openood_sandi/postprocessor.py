@@ -29,6 +29,7 @@ from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.plugin import checkpoints, registry
+from openood_sandi.plugin.settings import require_sound
 from openood_sandi.plugin.training_images import as_tested, in_eval_mode
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.batches import images_and_labels
@@ -67,6 +68,7 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         config = _configuration(self.info.name, config, options)
         super().__init__(config)
         settings = config.postprocessor
+        require_sound(settings)
         self.options: dict[str, Any] = {}
         self.run: dict[str, str] = dict(_OF_THE_RUN)
         for name, value in (settings.postprocessor_args or {}).items():
@@ -131,7 +133,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
         dataset = getattr(data_loader, "dataset", data_loader)
         try:
-            return keys.score_key(type(self).__qualname__, self.options, net, dataset, fitted=keys.state(fitted))
+            made = {"fitted": keys.state(fitted), "detector": keys.state({"class": self.method})}
+            return keys.score_key(type(self).__qualname__, self.options, net, dataset, **made)
         except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)

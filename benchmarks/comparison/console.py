@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -30,6 +30,14 @@ def number(kind: Callable[[str], Number], least: Number) -> Callable[[str], Numb
 
 
 positive = number(int, 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors begin with what is wrong, and take a line for the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nusage: {self.prog} [options]; --help lists them\n")
 
 
 def device(text: str) -> torch.device:

@@ -32,7 +32,7 @@ class _Gradients(Observer):
         self.found: dict[Site, list[Tensor]] = {}
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        self.found.setdefault(site, []).append(gradient.detach().double().cpu())
+        self.found.setdefault(site, []).append(gradient.detach().cpu().double())
 
 
 def _largest(logits: Tensor, feature: Tensor | None) -> Tensor:
@@ -63,7 +63,7 @@ def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: Memor
     except ReplayError as error:
         return str(error)
     tolerance = _TOLERANCE.get(logits.dtype, 0.1)
-    if not _close(logits.double(), expected.logits.double(), tolerance):
+    if not _close(logits.cpu().double(), expected.logits.cpu().double(), tolerance):
         return "its logits differ when they are recorded"
     for site in chosen:
         if site in expected.cut_off:  # a stem under no_grad: the record knows better, see `no_grad`

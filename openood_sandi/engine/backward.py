@@ -5,13 +5,16 @@ A gradient is handed on as it arrives, so that no two are held at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.tape import Site
 
 __all__ = ["GradientPass", "Loss", "Objective", "by_loss", "differentiate", "gradients_of"]
@@ -94,7 +97,8 @@ def _backward(
         if value.requires_grad:
             # A site need not depend on the roots. Without roots, the leaves are reached through all the other sites.
             ends = [*roots, *z.values()] if roots else [t for t in z.values() if t.is_leaf] or list(z.values())
-            torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
+            with _refused_by_autograd():
+                torch.autograd.grad(value, ends, retain_graph=retain, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -107,4 +111,21 @@ def gradients_of(value: Tensor, tensors: Sequence[Tensor], retain: bool) -> Sequ
     """d value / d tensor for each of ``tensors``, zero where there is no dependence."""
     if not value.requires_grad:
         return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(value, tensors, retain_graph=retain, allow_unused=True, materialize_grads=True)
+    with _refused_by_autograd():
+        return torch.autograd.grad(value, tensors, retain_graph=retain, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def _refused_by_autograd() -> Iterator[None]:
+    """An error of a backward pass as one that passes of another kind may do without: checkpoints refuse gradients by
+    chosen tensors, and what they or custom functions compute may not fit several copies.
+
+    Raises:
+        ReplayError: with the error that was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ReplayError(f"autograd cannot go back through the recorded pass ({error})") from error

@@ -77,8 +77,8 @@ class MemoryBudget:
                     "Free memory there, use smaller images, fewer split points or the CPU"
                 )
             gc.collect()
-            if x.is_cuda:
-                torch.cuda.empty_cache()
+            if x.device.type != "cpu":
+                getattr(torch, x.device.type).empty_cache()
 
     def __str__(self) -> str:
         return _size(self.images, self.lanes)
@@ -112,9 +112,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now, caches that give way to an allocation counted as free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        free, _ = backend.mem_get_info(device)
+        return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return min(_machine_memory(), _container_memory())
 
 

@@ -24,7 +24,8 @@ from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_mem
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from openood_sandi.engine.tape import Tape
-from openood_sandi.engine.twin import Twin, in_this_thread
+from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
 __all__ = ["Choice", "SplitNetwork"]
@@ -177,7 +178,7 @@ class SplitNetwork:
             kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
-            values = tuple(torch.stack(of_kind).double().cpu().numpy().tobytes() for of_kind in kinds.values())
+            values = tuple(torch.stack(of_kind).cpu().double().numpy().tobytes() for of_kind in kinds.values())
         return self._made, *values, *map(version, tensors)
 
     def record(self, x: Tensor) -> RecordedNetwork:
@@ -274,7 +275,11 @@ class SplitNetwork:
         found = self.record(noise)
         self.call_names = found.call_names
         self._bytes_per_pixel = found.size / x.numel()
-        self._splits = tuple(self._choose(self, found, noise))
+        try:
+            self._splits = tuple(self._choose(self, found, noise))
+        except ReplayError as error:
+            self._go_plain(str(error))
+            self._splits = tuple(self._choose(self, found, noise))
         self._shape = x.shape[1:]
 
 

@@ -8,7 +8,6 @@ split is computed on the clean images. What autograd gives is reported, under ``
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.tape import Site
+from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Snapshot
 from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
 
@@ -180,16 +180,19 @@ class _Hook:
         Raises:
             ReplayError: the passes made did not get to the site.
         """
-        thread, calls = threading.get_ident(), 0
+        calls = 0
 
-        def fire(module: nn.Module, args: Any, output: Any) -> Any:
+        @in_this_thread
+        def reach(output: Any) -> Tensor | None:
             nonlocal calls
-            if torch._C._current_graph_task_id() != -1:  # in a backward pass, on a thread of autograd's
-                return self.act(output, again=True) if self._repeats(calls) else None
-            if threading.get_ident() != thread:
-                return None
             calls += 1
             return self.act(self._checked(output), again=False) if calls == self.site.index else None
+
+        def fire(module: nn.Module, args: Any, output: Any) -> Any:
+            if torch._C._current_graph_task_id() == -1:
+                return reach(output)
+            # in a backward pass, on a thread of autograd's
+            return self.act(output, again=True) if self._repeats(calls) else None
 
         handle = net.get_submodule(self.site.module or "").register_forward_hook(fire)
         try:

@@ -25,6 +25,7 @@ from openood_sandi.engine import calls, inplace, lanes, values, writes
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.no_grad import Regions
+from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep", "running"]
 
@@ -191,12 +192,9 @@ class Tape(TorchFunctionMode):
         self._names, self._position, self._changed = [], 0, False
         self._regions = Regions()
         visits: Counter[str] = Counter()
-        thread = threading.get_ident()
 
         def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
             def fire(module: nn.Module, args: Any, output: Any) -> Any:
-                if threading.get_ident() != thread:  # a network without a twin may be somebody else's as well
-                    return None
                 visits[name] += 1
                 site = self._at_module.get((name, visits[name]))
                 if site is None:
@@ -204,7 +202,7 @@ class Tape(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():  # what the tap computes is not the network's
                     return self._visit(site, output)
 
-            return fire
+            return in_this_thread(fire)  # a network without a twin may be somebody else's as well
 
         handles = []
         try:

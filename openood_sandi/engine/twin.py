@@ -17,7 +17,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from openood_sandi.engine.contents import Contents, Mirror, version
 from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
 
-__all__ = ["Snapshot", "Twin", "in_this_thread"]
+__all__ = ["Snapshot", "Twin"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Twin:
 
         Threads that use one twin, or one network that is ``shared``, take turns. Where it is shared, parameters keep
         their flags (ask for gradients by ``torch.autograd.grad``, which leaves ``.grad`` alone), and hooks for a pass
-        must be :func:`in_this_thread`.
+        must be :func:`~.threads.in_this_thread`.
 
         Raises:
             ValueError: the network has no twin and cannot be run itself; the message says why and what to do.
@@ -249,13 +249,3 @@ def _turn(net: nn.Module, why: str) -> Iterator[None]:
             yield
         finally:
             snapshot.restore()
-
-
-def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook`` as one that acts in passes of the thread that made it, and lets those of others be."""
-    thread = threading.get_ident()
-
-    def acting(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs) if threading.get_ident() == thread else None
-
-    return acting

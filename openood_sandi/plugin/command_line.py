@@ -2,20 +2,20 @@
 
 With ``--config`` the named postprocessor's yml takes the place of any under ``postprocessors/`` in that list.
 Without it, the command runs OpenOOD's CIFAR-100 protocol (:mod:`openood_sandi.plugin.cifar100`). NAME is one that a
-package offers or one of OpenOOD's own; every other ``--key value`` keeps its meaning.
+package offers or one of OpenOOD's own; every other ``--key value`` keeps its meaning. What is wrong is said before
+anything is computed, and a rerun without a terminal adds to the earlier run's folder instead of asking.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openood_sandi.plugin import cifar100, registry
+from openood_sandi.plugin import arguments, cifar100, data_sets, registry
 
 #: Last parts of the configuration keys whose values are paths.
 _PATH_KEYS = ("cache_dir", "checkpoint", "data_dir", "imglist_pth", "output_dir")
@@ -25,16 +25,29 @@ def setup_config(own: Callable[[], Any]) -> Any:
     """OpenOOD's ``setup_config``, here ``own``, with ``--postprocessor NAME`` put into its terms.
 
     Raises:
-        SystemExit: no postprocessor has that name, or files of the protocol are missing; the message says
-            which.
+        SystemExit: no postprocessor or setting has that name, a value is wrong, or files are missing; the message
+            says which.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+")
     parser.add_argument("--postprocessor")
     options, overrides = parser.parse_known_args()
+    try:
+        config = _configured(own, options, overrides)
+    except arguments.WrongArgument as error:
+        raise SystemExit(str(error)) from None
+    if config.merge_option == "default" and not _can_be_asked():
+        config.merge_option = "merge"
+    if config.pipeline and config.pipeline.name == "test_ood":
+        protocol = options.postprocessor and not options.config
+        run = "without --config this command runs OpenOOD's CIFAR-100 protocol, which" if protocol else "this run"
+        data_sets.require_files(config, Path.cwd(), run)
+    return config
+
+
+def _configured(own: Callable[[], Any], options: argparse.Namespace, overrides: list[str]) -> Any:
     if options.postprocessor is None:
         return own()
-
     checkout = _checkout()
     postprocessor = _postprocessor_file(options.postprocessor, checkout)
     if options.config:
@@ -44,9 +57,11 @@ def setup_config(own: Callable[[], Any]) -> Any:
     files = [str(checkout / "configs" / file) for file in cifar100.CONFIGS]
     overrides = [*cifar100.overrides(), *_from_here(overrides, checkout)]
     os.chdir(checkout)  # the protocol's data/ and results/ are the checkout's, wherever the command was typed
-    config = _with_arguments(["--config", *files, postprocessor, *overrides], own)
-    cifar100.require_files(config, checkout)
-    return config
+    return _with_arguments(["--config", *files, postprocessor, *overrides], own)
+
+
+def _can_be_asked() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
 def _with_arguments(arguments: list[str], call: Callable[[], Any]) -> Any:
@@ -79,14 +94,18 @@ def _postprocessor_file(name: str, checkout: Path) -> str:
     file = own if own.is_file() else registry.config_file(name)
     if file is not None:
         return str(file)
-    names = sorted({path.stem for path in folder.glob("*.yml")} | set(registry.entry_points()))
+    names = postprocessors(checkout)
     if name in names:
         raise SystemExit(
             f"--postprocessor {name}: {registry.entry_points()[name].value} ships no "
             f"configs/postprocessors/{name}.yml, in its package or beside it"
         )
-    near = difflib.get_close_matches(name, names) or names
-    raise SystemExit(f"--postprocessor {name}: there is no such postprocessor. Did you mean: {', '.join(near)}?")
+    raise SystemExit(f"--postprocessor {name}: there is no such postprocessor. {arguments.did_you_mean(name, names)}")
+
+
+def postprocessors(checkout: Path) -> list[str]:
+    """The names on offer: of packages, and of the yml files of a checkout."""
+    return sorted({path.stem for path in checkout.glob("configs/postprocessors/*.yml")} | set(registry.entry_points()))
 
 
 def _from_here(overrides: list[str], checkout: Path) -> list[str]:

@@ -10,7 +10,8 @@ executed, so that no other library meets it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +28,9 @@ INSTALL = {
     "statsmodels": "pip install statsmodels",
     "timm": "pip install timm",
 }
+
+#: What the extra ``openood-sandi[openood]`` installs, by import name: needed by all of OpenOOD, never stood in for.
+EXTRA = ("PIL", "faiss", "pandas", "scipy", "sklearn", "torchvision", "tqdm", "yaml")
 
 _reasons: dict[str, str] = {}  # package: why it is stood in for
 _present: set[str] = set()  # names of stand-ins now in sys.modules
@@ -144,6 +148,20 @@ def _importer_is_openood() -> bool:
             return name.partition(".")[0] == "openood" and frame.f_code.co_name == "<module>"
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def extra_named() -> Iterator[None]:
+    """Has the error of an OpenOOD module that misses a package of :data:`EXTRA` say how to install all of them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in EXTRA and _REMEDY not in error.msg:
+            error.msg += _REMEDY
+        raise
+
+
+_REMEDY = ', which OpenOOD needs: pip install "openood-sandi[openood]" installs all that it imports'
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from openood_sandi.runs import ranks
 from openood_sandi.runs.unreadable import Batch, Collate, Readable
 
-__all__ = ["images_and_labels", "is_fixed", "order_of", "share_of"]
+__all__ = ["images_and_labels", "is_fixed", "order_of", "share_of", "some_of"]
 
 
 def order_of(loader: Iterable[Any]) -> list[Any] | None:
@@ -52,8 +52,10 @@ def share_of(
     device: torch.device,
     unreadable: str,
     shown: Callable[[Any], Iterable[Any]],
+    first_seen: bool = False,
 ) -> Iterator[tuple[int, Batch, bool]]:
-    """(number, batch, whether its results are this rank's to give): its share of the batches and, ahead, the first."""
+    """(number, batch, whether its results are this rank's to give): its share of the batches and, ahead, the first,
+    unless that has been seen."""
     rank, of = ranks.rank(), ranks.world_size()
     if order is None:
         for number, batch in enumerate(shown(loader)):
@@ -61,10 +63,18 @@ def share_of(
         return
     share = [number for number in range(len(order)) if number not in found][rank::of]
     if share:
-        numbers = share if share[0] == 0 else [0, *share]
-        batches = shown(_subset(loader, [order[number] for number in numbers], device, unreadable))
+        numbers = share if share[0] == 0 or first_seen else [0, *share]
+        batches = shown(_subset(loader, [order[number] for number in numbers], device, unreadable, loader.generator))
         for number, batch in zip(numbers, _handed_over(batches), strict=True):
             yield number, batch, number == share[0] or number != 0
+
+
+def some_of(
+    loader: DataLoader[Any], order: list[Any], numbers: Sequence[int], device: torch.device, unreadable: str
+) -> list[Batch]:
+    """The batches of these numbers; nothing is drawn from a random generator of anybody else's for it."""
+    batches = [order[number] for number in numbers]
+    return list(_handed_over(_subset(loader, batches, device, unreadable, torch.Generator())))
 
 
 def _handed_over(batches: Iterable[Any]) -> Iterator[Any]:
@@ -78,7 +88,13 @@ def _handed_over(batches: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _subset(loader: DataLoader[Any], batches: list[Any], device: torch.device, unreadable: str) -> DataLoader[Any]:
+def _subset(
+    loader: DataLoader[Any],
+    batches: list[Any],
+    device: torch.device,
+    unreadable: str,
+    generator: torch.Generator | None,
+) -> DataLoader[Any]:
     """A loader of the given batches, which names unreadable images and is as ``loader`` in everything else."""
     return DataLoader(
         Readable(loader.dataset, unreadable),
@@ -89,7 +105,7 @@ def _subset(loader: DataLoader[Any], batches: list[Any], device: torch.device, u
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
+        generator=generator,
         prefetch_factor=loader.prefetch_factor,
     )
 

@@ -3,8 +3,12 @@
 A cache is a folder of ``<key>.<checksum>.npz`` files, flat, without pickle. The key stands for everything that decides
 the scores (weights, options, images, code), so scores made otherwise are never used. The checksum is that of the
 whole file. A file appears under its name when it is complete and on disk, never before; it is never changed, and it
-is removed only when another one holds what it held. So a kill at any moment loses at most what was not written yet,
-several processes may share a folder without locks, and bytes that changed on disk are not mistaken for scores.
+is removed only when another one holds what it held, or when its scores do not come out again (:meth:`Entry.void`). So
+a kill at any moment loses at most what was not written yet, several processes may share a folder without locks, and
+bytes that changed on disk are not mistaken for scores.
+
+With the scores of images in files stands what is in these: :mod:`openood_sandi.runs.contents`. A batch is used only
+where the files still hold that. Sets of files with equal names share a key, and each has its own files here.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from openood_sandi.runs import files
+from openood_sandi.runs import contents, files
 from openood_sandi.runs.unreadable import Unreadable
 
 __all__ = ["BatchScores", "Entry", "ScoreCache"]
@@ -33,8 +38,10 @@ _log = logging.getLogger(__name__)
 _DIGITS = 32
 #: A value in a key that is a digest: of the weights, the images, the code.
 _DIGEST = re.compile("[0-9a-f]{64}")
-#: Seconds after which an unfinished file is taken for the remains of a killed process.
-_ABANDONED = 3600.0
+#: Bytes that a file may have.
+_LARGEST = 2**30
+#: {number of a batch: the files of its images}
+Paths = Mapping[int, Sequence[str]]
 
 
 class BatchScores(NamedTuple):
@@ -47,6 +54,23 @@ class BatchScores(NamedTuple):
     label: npt.NDArray[np.int64]
     """Labels (n,)."""
     unreadable: tuple[Unreadable, ...] = ()
+    contents: contents.Records = contents.records(())
+    """What the files hold of all images, of those that could not be read too; (0,) where the images are no files."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the same files always give these results: nothing failed for now only, or changed meanwhile."""
+        known = (self.contents["low"] != 0) | (self.contents["high"] != 0)
+        return bool(known.all()) and all(image.lasting for image in self.unreadable)
+
+    def equals(self, other: BatchScores) -> bool:
+        """Whether every bit is the same, and what the files hold; not where these are."""
+        ours, theirs = self._bits(), other._bits()
+        return ours == theirs and self.unreadable == other.unreadable
+
+    def _bits(self) -> list[tuple[str, bytes]]:
+        arrays = self.pred, self.score, self.label, self.contents["low"], self.contents["high"]
+        return [(array.dtype.str, array.tobytes()) for array in arrays]
 
     @staticmethod
     def concatenated(batches: Iterable[BatchScores]) -> BatchScores:
@@ -58,6 +82,7 @@ class BatchScores(NamedTuple):
             np.concatenate([batch.score for batch in some]),
             np.concatenate([batch.label for batch in some]),
             tuple(image for batch in every for image in batch.unreadable),
+            np.concatenate([batch.contents for batch in every]),
         )
 
 
@@ -78,32 +103,38 @@ class ScoreCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"the score cache {str(folder)!r} is a file; expected a folder, or a new name")
 
-    def entry(self, key: Mapping[str, object]) -> Entry:
+    def entry(self, key: Mapping[str, object], paths: Paths | None = None) -> Entry:
         """What the folder holds for ``key``, and where more goes.
 
         Args:
-            key: names and values, such as JSON takes, of everything that decides the scores.
+            key: names and values, such as JSON takes, of everything that decides the scores but is in no file.
+            paths: the files of the images; None where they are no files.
 
         Raises:
             TypeError: JSON cannot express the key.
         """
-        return Entry(self.folder, json.dumps(key, sort_keys=True), self.seconds)
+        return Entry(self.folder, json.dumps(key, sort_keys=True), self.seconds, paths)
 
 
 class Entry:
     """The scores of one data set under one key; see :meth:`ScoreCache.entry`."""
 
-    def __init__(self, folder: Path, key: str, seconds: float) -> None:
+    def __init__(self, folder: Path, key: str, seconds: float, paths: Paths | None = None) -> None:
         self.folder, self.key, self.seconds = folder, key, seconds
         self._question = _checksum(_without_digests(key).encode())[: _DIGITS // 2]
         self._stem = self._question + _checksum(key.encode())[_DIGITS // 2 :]
         self._own: Path | None = None
         self._works = True
         self._last = time.monotonic()
-        #: {number of the batch in the loader: its results}, as found on disk.
+        #: {number of the batch in the loader: its results}, as found on disk, where the images are still those.
         self.found: dict[int, BatchScores] = {}
-        for path in self._files():
-            self.found |= self._read(path)
+        self._used: list[Path] = []
+        self._stored: dict[Path, dict[int, BatchScores] | None] = {path: self._read(path) for path in self._files()}
+        for path, stored in self._stored.items():
+            valid = _of_these_files(stored or {}, paths)
+            if valid.keys() - self.found.keys():
+                self._used.append(path)
+            self.found = {**valid, **self.found}
         if not self.found:
             self._tell_nearest()
 
@@ -119,8 +150,10 @@ class Entry:
     def write(self, batches: Mapping[int, BatchScores]) -> None:
         """Put ``batches``, which include those of the last call, on disk in the place of those.
 
-        Where that fails (a full disk, a folder without permission) a warning says so, once, and later calls do nothing.
+        Batches with an image that could not be read for now only are left out. Where writing fails (a full disk, a
+        folder without permission) a warning says so, once, and later calls do nothing.
         """
+        batches = {number: batch for number, batch in batches.items() if batch.lasting}
         if not self._works or not batches:
             return
         content = _pack(self.key, batches)
@@ -130,7 +163,7 @@ class Entry:
             return
         try:
             files.replace(path, content)
-            self._own = path
+            self._own, self._stored[path] = path, dict(batches)
             if before is not None:
                 before.unlink(missing_ok=True)
         except OSError as error:
@@ -138,28 +171,49 @@ class Entry:
             _log.warning("the score cache cannot be written, so the run goes on without it: %s", error)
 
     def complete(self, batches: Mapping[int, BatchScores]) -> None:
-        """Put all batches of the data set on disk and remove the files that these supersede."""
-        if self.found.keys() == batches.keys() and len(self._files()) == 1:
-            return
-        self.write(batches)
+        """Put all batches of the data set on disk and remove what is no longer needed: files whose batches these are,
+        damaged ones, and remains of processes that were killed. Files with other scores stay: another run's."""
+        lasting = {number: batch for number, batch in batches.items() if batch.lasting}
+        keeper = next((path for path, stored in self._stored.items() if _is_same(stored, lasting)), None)
+        if keeper is None:
+            self.write(lasting)
+            keeper = self._own
         if not self._works:
             return
         try:
-            for path in self._files():
-                if path != self._own:
+            for path in self._files() if keeper is not None else ():
+                if path != keeper and self._holds_no_more(path, lasting):
                     path.unlink(missing_ok=True)
-            for path in self.folder.glob(f"{self._stem}.*.tmp"):
-                if time.time() - path.stat().st_mtime > _ABANDONED:
-                    path.unlink(missing_ok=True)
+            files.clear_remains(self.folder, self._stem)
         except OSError as error:  # superseded files cost nothing but their space
             _log.info("superseded files stay in the score cache: %s", error)
+
+    def void(self, why: str) -> None:
+        """Forget what was found, and remove the files that it is from, by name, as its scores do not come out again."""
+        names = ", ".join(map(str, self._used))
+        _log.warning("the score cache's %s is void and its images are scored again: %s", names, why)
+        for path in self._used:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("the score cache's %s is void but cannot be removed: %s", path, error)
+            self._stored.pop(path, None)
+        self.found = {}
+
+    def _holds_no_more(self, path: Path, batches: Mapping[int, BatchScores]) -> bool:
+        stored = self._stored[path] if path in self._stored else self._read(path)
+        return stored is None or all(
+            number in batches and batch.equals(batches[number]) for number, batch in stored.items()
+        )
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self._stem}.*.npz"))
 
-    def _read(self, path: Path) -> dict[int, BatchScores]:
-        """The batches in a file; none, with a warning, if it is not what its name says."""
+    def _read(self, path: Path) -> dict[int, BatchScores] | None:
+        """The batches in a file; None, with a warning, if it is not what its name says."""
         try:
+            if not path.is_file() or path.stat().st_size > _LARGEST:
+                raise OSError(f"it is no regular file of {_LARGEST} bytes at most")
             content = path.read_bytes()
         except FileNotFoundError:  # another process has just superseded it
             return {}
@@ -168,12 +222,12 @@ class Entry:
             return {}
         if path.name != f"{self._stem}.{_checksum(content)}.npz":
             _log.warning("the score cache's %s is damaged, so its images are scored again", path)
-            return {}
+            return None
         try:
             return _unpack(content, self.key)
         except Exception as error:  # whatever a file that is not ours makes zipfile and numpy raise
             _log.warning("the score cache's %s is not of its kind, so its images are scored again: %s", path, error)
-            return {}
+            return None
 
     def _tell_nearest(self) -> None:
         """Log which file for the same method and options has the most similar key, and in what it differs."""
@@ -181,6 +235,9 @@ class Entry:
         nearest: tuple[list[str], Path] | None = None
         for path in self.folder.glob(f"{self._question}*.npz"):
             try:
+                if not path.is_file():
+                    continue
+                _require_unpacked(path, path.stat().st_size)
                 with np.load(path, allow_pickle=False) as arrays:
                     other = json.loads(str(arrays["key"]))
                 differing = sorted(name for name in {*wanted, *other} if wanted.get(name) != other.get(name))
@@ -219,11 +276,22 @@ def _pack(key: str, batches: Mapping[int, BatchScores]) -> bytes:
         score=joined.score,
         label=joined.label,
         unreadable=np.array(json.dumps(unreadable)),
+        contents=joined.contents,
+        looked_at=np.array([len(batches[number].contents) for number in numbers], np.int64),
     )
     return file.getvalue()
 
 
+def _require_unpacked(file: Any, size: int) -> None:
+    """Raises ValueError for an archive whose members would take more memory than it has bytes."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if sum(member.file_size for member in members) > size or any(member.compress_type for member in members):
+        raise ValueError(f"its arrays are packed; expected {size} bytes of them at most, as this package writes them")
+
+
 def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
+    _require_unpacked(io.BytesIO(content), len(content))
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         if str(arrays["key"]) != key:
             raise ValueError("it holds scores of another key")
@@ -232,10 +300,45 @@ def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
         if len(numbers) != len(ends) or any(column.shape != (ends[-1],) for column in whole):
             raise ValueError("its arrays differ in length")
         columns = [np.split(column, ends[:-1]) for column in whole]
+        looked_at, seen = np.cumsum(arrays["looked_at"]), arrays["contents"]
+        if seen.dtype != contents.RECORD or len(looked_at) != len(ends) or seen.shape != (looked_at[-1],):
+            raise ValueError("what it says of the images' files is none of its batches'")
         unreadable: dict[int, list[Unreadable]] = {number: [] for number in numbers}
         for *image, number in json.loads(str(arrays["unreadable"])):
             unreadable[number].append(Unreadable(*image))
     return {
-        number: BatchScores(pred, score, label, tuple(unreadable[number]))
-        for number, pred, score, label in zip(numbers, *columns, strict=True)
+        number: BatchScores(pred, score, label, tuple(unreadable[number]), records)
+        for number, pred, score, label, records in zip(numbers, *columns, np.split(seen, looked_at[:-1]), strict=True)
     }
+
+
+def _of_these_files(stored: Mapping[int, BatchScores], paths: Paths | None) -> dict[int, BatchScores]:
+    """The batches whose images' files hold what they held, with where these are now."""
+    chosen = {
+        number: batch for number, batch in stored.items() if len(batch.contents) == len((paths or {}).get(number, ()))
+    }
+    every = [path for number in chosen for path in (paths or {}).get(number, ())]
+    if not every:
+        return chosen
+    same, now = contents.still_so(np.concatenate([batch.contents for batch in chosen.values()]), every)
+    ends = np.cumsum([len(batch.contents) for batch in chosen.values()])[:-1]
+    return {
+        number: batch._replace(contents=records)
+        for (number, batch), whole, records in zip(
+            chosen.items(), np.split(same, ends), np.split(now, ends), strict=True
+        )
+        if whole.all()
+    }
+
+
+def _is_same(stored: Mapping[int, BatchScores] | None, batches: Mapping[int, BatchScores]) -> bool:
+    """Whether a file has these batches and no others, to the last bit, and says where the images' files are now."""
+    return (
+        stored is not None
+        and len(stored) > 0
+        and stored.keys() == batches.keys()
+        and all(
+            batch.equals(batches[number]) and np.array_equal(batch.contents, batches[number].contents)
+            for number, batch in stored.items()
+        )
+    )

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from openood_sandi.runs import keys, ranks
-from openood_sandi.runs.batches import is_fixed, order_of, share_of
+from openood_sandi.runs.batches import is_fixed, order_of, share_of, some_of
 from openood_sandi.runs.cache import BatchScores, Entry, ScoreCache
-from openood_sandi.runs.unreadable import Batch, Unreadable, name_without_score, record
+from openood_sandi.runs.canary import sing
+from openood_sandi.runs.contents import files_of
+from openood_sandi.runs.unreadable import Batch, name_without_score, record
 
 __all__ = ["Scorer", "score_dataset"]
 
@@ -42,6 +44,7 @@ def score_dataset(
     key: Mapping[str, object] | None = None,
     cache: ScoreCache | None = None,
     unreadable: str = "stop",
+    canary: bool = True,
     progress: bool | str = True,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Score every image of a loader.
@@ -57,12 +60,16 @@ def score_dataset(
             What is not a plain ``DataLoader`` of a map-style data set is iterated in full by every rank.
         device: where ``score`` expects its images.
         key: what decides the scores, as :func:`openood_sandi.runs.keys.score_key` gives it: names and values, such as
-            JSON takes. This package's code, the order of the images, the kind of device and its arithmetic are added.
-            Needed with a cache; ranks whose keys differ in anything but "images" are refused.
+            JSON takes. This package's code, the order of the images, what the loader makes batches with, the kind of
+            device and its arithmetic are added.
+            Needed with a cache; ranks whose keys differ are refused.
         cache: where finished batches are kept. It needs a loader whose order is fixed; with another one (shuffled,
-            or a plain iterable) it is left unused, and the log says so.
+            or a plain iterable) it is left unused, and the log says so. Of what it holds, one batch drawn at random is
+            scored again; if that differs by more than :data:`openood_sandi.runs.canary.TOLERANCE`, nothing of it is
+            used, and a warning names the files.
         unreadable: "stop" at an image that cannot be read, or "skip" it: it is then missing in the results, and named
             in the log and, with ``cache``, in a file beside the scores. For a plain ``DataLoader`` only.
+        canary: whether to do so; it needs ``score`` even where nothing is left to be scored.
         progress: show a progress bar, on rank 0 and with tqdm installed; a string is its title, and the data set's name
             in messages.
 
@@ -78,20 +85,23 @@ def score_dataset(
     device, order = torch.device(device), order_of(loader)
     title = progress if isinstance(progress, str) else ""
     entry = None
-    if cache is not None and _can_be_cached(key, loader, order, title):
-        entry = cache.entry(ranks.broadcast("key", _whole(key or {}, order, device, unreadable)))
-    known = _known(_task(key, order), entry)
+    if cache is not None and (whole := _whole(key, loader, order, device, unreadable, title)) is not None:
+        entry = cache.entry(ranks.broadcast("key", whole), _paths(loader, order or []))
+    known = _known(_task(key, order, device), entry)
+    sung = False
+    if canary and known and order is not None:
+        sung = sing(known, lambda numbers: _again(score, loader, order, numbers, device, unreadable), entry)
 
     started = time.monotonic()
     mine = _Mine(entry)
     count = len(order or ())
     try:
         bar = functools.partial(_shown, progress=progress, title=title)
-        for number, batch, is_mine in share_of(loader, order, known, device, unreadable, bar):
+        for number, batch, is_mine in share_of(loader, order, known, device, unreadable, bar, sung):
             count = max(count, number + 1)
             results = _scored(score, batch, device) if is_mine or number == 0 else None
             if is_mine and results is not None:
-                mine.add(number, results, batch.unreadable)  # not the images
+                mine.add(number, results, batch)
     finally:  # after an error too: what is finished stays
         mine.settle()
         mine.write()
@@ -109,11 +119,11 @@ class _Mine:
     def __init__(self, entry: Entry | None) -> None:
         self.batches: dict[int, BatchScores] = {}
         self._entry = entry
-        self._on_device: list[tuple[int, tuple[Tensor, ...], tuple[Unreadable, ...]]] = []
+        self._on_device: list[tuple[int, tuple[Tensor, ...], Batch]] = []
 
-    def add(self, number: int, results: tuple[Tensor, ...], unreadable: tuple[Unreadable, ...]) -> None:
+    def add(self, number: int, results: tuple[Tensor, ...], batch: Batch) -> None:
         """Take in predicted classes, scores and labels of a batch, (n,) each."""
-        self._on_device.append((number, results, unreadable))
+        self._on_device.append((number, results, batch._replace(data=None)))
         due = self._entry is not None and self._entry.due
         if due or len(self._on_device) == _KEPT_ON_DEVICE:
             self.settle()
@@ -122,8 +132,8 @@ class _Mine:
 
     def settle(self) -> None:
         """Fetch from the device what is there."""
-        for number, (pred, values, label), unread in self._on_device:
-            self.batches[number] = BatchScores(_on_host(pred), _on_host(values), _on_host(label), unread)
+        for number, results, batch in self._on_device:
+            self.batches[number] = _scores(results, batch)
         self._on_device.clear()
 
     def write(self) -> None:
@@ -148,9 +158,10 @@ def _known(task: Mapping[str, object], entry: Entry | None) -> dict[int, BatchSc
     return known
 
 
-def _task(key: Mapping[str, object] | None, order: list[Any] | None) -> dict[str, object]:
-    """What a rank is about to do; files of the same images may have other dates on other machines."""
-    return {**{name: value for name, value in (key or {}).items() if name != "images"}, "order": _digest(order)}
+def _task(key: Mapping[str, object] | None, order: list[Any] | None, device: torch.device) -> dict[str, object]:
+    """What a rank is about to do."""
+    shared = {"code": keys.code(), "arithmetic": keys.arithmetic(device)} if ranks.world_size() > 1 else {}
+    return {**(key or {}), **shared, "order": _digest(order)}
 
 
 def _require_same(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
@@ -218,6 +229,19 @@ def _scored(score: Scorer, batch: Batch, device: torch.device) -> tuple[Tensor, 
     return pred, values, label
 
 
+def _scores(results: tuple[Tensor, ...], batch: Batch) -> BatchScores:
+    pred, values, label = map(_on_host, results)
+    return BatchScores(pred, values, label, batch.unreadable, batch.contents)
+
+
+def _again(
+    score: Scorer, loader: Any, order: list[Any], numbers: Sequence[int], device: torch.device, unreadable: str
+) -> list[BatchScores]:
+    """Batches that were scored before, loaded and scored anew."""
+    batches = some_of(loader, order, numbers, device, unreadable)
+    return [_scores(_scored(score, batch, device), batch) for batch in batches]
+
+
 def _on_host(values: Tensor) -> npt.NDArray[Any]:
     values = values.detach().cpu()
     if not values.is_floating_point():
@@ -228,22 +252,40 @@ def _on_host(values: Tensor) -> npt.NDArray[Any]:
 # ---------------------------------------------------------------------- the cache
 
 
-def _can_be_cached(key: object, loader: Any, order: list[Any] | None, title: str) -> bool:
-    """Whether the loader's batches are known beforehand; if not, rank 0 says so."""
-    if key is None:
-        raise ValueError("a cache needs a key: what decides the scores, as the method, its options and the weights")
-    if order is not None and is_fixed(loader):
-        return True
-    why = "is not a DataLoader over a map-style data set" if order is None else "gives its images in a random order"
-    if ranks.rank() == 0:
-        _log.warning("the score cache is left unused%s: the loader %s", title and f" for {title}", why)
-    return False
+def _paths(loader: Any, order: list[Any]) -> dict[int, list[str]] | None:
+    """{number of the batch: its images' files}, None if the images are no files."""
+    files = files_of(loader.dataset)
+    if files is None:
+        return None
+    return {number: [files[int(index)] for index in indices] for number, indices in enumerate(order)}
 
 
 def _whole(
-    key: Mapping[str, object], order: list[Any] | None, device: torch.device, unreadable: str
-) -> dict[str, object]:
-    """The key with what this module knows to decide scores."""
-    arithmetic = keys.arithmetic(device)
-    of_the_run = {"order": _digest(order), "device": device.type, "arithmetic": arithmetic, "unreadable": unreadable}
-    return {**key, "code": keys.code(), **of_the_run}
+    key: Mapping[str, object] | None,
+    loader: Any,
+    order: list[Any] | None,
+    device: torch.device,
+    unreadable: str,
+    title: str,
+) -> dict[str, object] | None:
+    """The key with what this module knows to decide scores; None where that cannot be told, and rank 0 says so."""
+    if key is None:
+        raise ValueError("a cache needs a key: what decides the scores, as the method, its options and the weights")
+    if order is None:
+        why = "the loader is not a DataLoader over a map-style data set"
+    elif not is_fixed(loader):
+        why = "the loader gives its images in a random order"
+    else:
+        try:
+            return {**key, **_of_the_run(loader, order, device, unreadable)}
+        except keys.Indescribable as error:
+            why = f"the loader's collate_fn or worker_init_fn cannot be told from others: {error}"
+    if ranks.rank() == 0:
+        _log.warning("the score cache is left unused%s: %s", title and f" for {title}", why)
+    return None
+
+
+def _of_the_run(loader: Any, order: list[Any], device: torch.device, unreadable: str) -> dict[str, object]:
+    batches = keys.state({"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn})
+    run = {"order": _digest(order), "batches": batches, "device": device.type, "unreadable": unreadable}
+    return {**run, "code": keys.code(), "arithmetic": keys.arithmetic(device)}

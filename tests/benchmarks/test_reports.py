@@ -2,104 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
 
-for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
+for module in ("adjustText", "matplotlib", "pandas", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 
 import pandas as pd
-from comparison import leaderboard, metrics, paper_tables, pictures, report
-from comparison.cost import Cost, Expense
-from comparison.evaluation import Failure, Outcome, Scored
-from comparison.methods import Method, Scorer
-from comparison.methods.method import Library
+from comparison import leaderboard, metrics, pictures, report
+from comparison.evaluation import Failure, Scored
 from comparison.metrics import detection
-from comparison.suite import ImageSet, Suite
-from comparison.table import FPR_OPENOOD, FPR_PAPER, METRICS, Run, results
+from comparison.table import DECISION, FPR_OPENOOD, FPR_PAPER, METRICS, Run, results
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-COUNTS = {"known": 40, "tin": 30, "texture": 20, "mnist": 25}
-GROUPS: dict[str, Literal["near", "far"]] = {"tin": "near", "texture": "far", "mnist": "far"}
-ABOUT: dict[str, Any] = {
-    "command": "python benchmarks/side_by_side.py",
-    "seeds": [0],
-    "protocol": "openood",
-    "limit": None,
-    "hardware": {"device": "cpu", "processor": "a processor", "torch_threads": 1},
-    "versions": {"torch": "2"},
-}
-
-
-def suite(missing: tuple[str, ...] = (), **changes: Any) -> Suite:
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, stride=2, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 100),
-    ).eval()
-    values: dict[str, Any] = {
-        "name": "cifar100",
-        "network": net,
-        "network_name": "resnet18_32x32",
-        "network_description": "a network",
-        "weights": "0" * 64,
-        "classes": 100,
-        "normalisation": ((0.5,) * 3, (0.25,) * 3),
-        "in_distribution": image_set("known", "ID"),
-        "out_of_distribution": tuple(image_set(name, group) for name, group in GROUPS.items()),
-        "missing": missing,
-        "protocol": "OpenOOD's near and far sets",
-    }
-    return Suite(**values | changes)
-
-
-def image_set(name: str, group: Literal["ID", "near", "far"]) -> ImageSet:
-    count = COUNTS[name]
-    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
-    return ImageSet(name, group, TensorDataset(images, torch.arange(count) % 100), "images", name)
-
-
-def outcome(
-    name: str,
-    seed: int,
-    source: Library = "openood-sandi",
-    options: Mapping[str, object] | None = None,
-    title: str | None = None,
-    forwards: float = 2.0,
-) -> Outcome:
-    def build(suite: Suite, device: torch.device, batch_size: int) -> Scorer:
-        raise AssertionError("a report scores nothing")
-
-    rng = np.random.default_rng(seed)
-    scored = {}
-    for at, (place, count) in enumerate(COUNTS.items()):
-        labels = np.arange(count) % 100 if place == "known" else np.full(count, -1)
-        pred = np.where(rng.random(count) < 0.8, labels, 0)
-        scored[place] = Scored(pred, labels, rng.normal(at, 1, count))
-    cost = Cost(images_per_second=100 / forwards, forwards=(0.9 * forwards, forwards, 1.1 * forwards))
-    expense = Expense(cost, batch_size=16, peak_bytes=3 << 20, hardware=ABOUT["hardware"])
-    return Outcome(Method(name, title or name, source, options or {}, build), scored, expense)
-
-
-def run(*outcomes: Outcome, seed: int = 0, **changes: Any) -> Run:
-    return Run(seed, suite(**changes), {outcome.method.name: outcome for outcome in outcomes})
-
+from tests.helpers.known_scores import ABOUT, COUNTS, GROUPS, outcome, run
 
 # ---------------------------------------------------------------- numbers
 
@@ -146,8 +71,27 @@ def test_several_networks_give_mean_and_standard_deviation() -> None:
     ]
     assert frame.loc[("near", "tin"), "AUROC"] == pytest.approx(np.mean(values))
     assert frame.loc[("near", "tin"), "AUROC std"] == pytest.approx(np.std(values))
-    assert not [column for column in frame.columns if column.endswith(("low", "high"))]
-    assert f"{np.mean(values):.2f} +- {np.std(values):.2f}" in report.screen(frame.reset_index(), runs[0].suite)
+    low, high = (frame.loc[("near", "tin"), f"AUROC {end}"] for end in ("low", "high"))
+    one = results(runs[:1]).set_index(["group", "OOD set"]).loc[("near", "tin")]
+    assert low < np.mean(values) < high
+    assert high - low < one["AUROC high"] - one["AUROC low"], "of the mean over networks"
+    assert f"{np.mean(values):.2f} +- {np.std(values):.2f} [{low:.2f}, {high:.2f}]" in report.screen(
+        frame.reset_index(), runs[0].suite
+    )
+
+
+def test_decisions_are_those_of_a_threshold_on_validation_images() -> None:
+    known = run(outcome("a", 0))
+    assert results([known], resamples=3)[list(DECISION)].isna().all(axis=None), "there are no validation images"
+    scored = dict(known.outcomes["a"].scored)
+    scored["known"] = Scored(*(np.zeros(40, dtype=np.int64),) * 2, np.arange(40.0))
+    scored["tin"] = Scored(*(np.zeros(30, dtype=np.int64),) * 2, np.arange(30.0) + 15)
+    scored["val"] = Scored(*(np.zeros(20, dtype=np.int64),) * 2, np.arange(20.0))  # 19 of them are at most 18
+    suite = replace(known.suite, validation=(replace(known.suite.in_distribution, name="val"),))
+    run_ = replace(known, suite=suite, outcomes={"a": replace(known.outcomes["a"], scored=scored)})
+    row = results([run_], resamples=3).set_index("OOD set").loc["tin"]
+    assert row["ID lost at threshold"] == pytest.approx(100 * 21 / 40)
+    assert row["OOD let in at threshold"] == pytest.approx(100 * 4 / 30)
 
 
 # ---------------------------------------------------------------- tables
@@ -242,89 +186,70 @@ def test_an_incomplete_bundle_is_not_for_submission(
     assert ("farood" in (tmp_path / "sandi-z/ood.csv").read_text()) != bool(changes)
 
 
-# ---------------------------------------------------------------- the paper's tables
-
-
-def test_published_averages_are_those_of_the_published_sets() -> None:
-    published = paper_tables.PUBLISHED
-    main = published[published["table"].isin(["1", "2"])].astype({"value": float})
-    checked = 0
-    for _, rows in main.groupby(["network", "method", "metric"]):
-        values = rows.set_index("set")["value"]
-        if len(values) > 1:
-            assert len(values) == 6
-            assert values["average"] == pytest.approx(values.drop("average").mean(), abs=0.006)
-            checked += 1
-    assert checked == 4
-    assert (published["source"] != "").all()
-
-
-def test_the_papers_main_table_has_published_values_beside_measured_ones() -> None:
-    known = run(outcome("sandi-z", 0, title="S&I-Z"), missing=MISSING)
-    frame = results([known], resamples=2)
-    text = "\n".join(paper_tables.sections(frame, known))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| S&I |" in line]
-    by_network = {row[1]: row[2:] for row in rows if len(row) == 14}
-    assert by_network["ResNet-34, published"][:2] == ["15.68", "97.06"]
-    assert by_network["ResNet-34, published"][-2:] == ["29.05", "94.93"]
-    assert by_network["WRN-40-2, published"] == ["not at hand"] * 10 + ["38.61", "not at hand"]
-    measured = frame[(frame["method"] == "sandi-z")].set_index("OOD set")
-    here = by_network["resnet18_32x32, here"]
-    assert here[:2] == ["not measured"] * 2  # SVHN
-    assert here[4:6] == [f"{measured.loc['tin', FPR_PAPER]:.2f}", f"{measured.loc['tin', 'AUROC']:.2f}"]
-    mean = measured.loc[["tin", "texture"], "AUROC"].mean()
-    assert here[-1] == f"{mean:.2f} (2 of 5)"
-    msp = [line for line in text.splitlines() if line.startswith("| MSP | ResNet-34, WRN-40-2, published")]
-    assert len(msp) == 1 and msp[0].count("not at hand") == 12
-
-
-def test_ablations_are_the_settings_that_differ_in_the_option_alone() -> None:
-    z = {"variant": "Z"}
-    known = run(
-        outcome("sandi-z", 0, options=z),
-        outcome("gaia-z", 1, options={**z, "steps": 1}),
-        outcome("both", 2, options={**z, "steps": 1, "splitting": False}),
-        outcome("large", 3, options={**z, "step_size": 0.002}),
-        outcome("large union", 4, options={**z, "step_size": 0.002, "combine": "union"}),
-        outcome("named", 5, options={**z, "splits": ["1", "4"]}),
-        outcome("gsc", 6, options={"mask_ratio": 0.1}),
-    )
-    sections = paper_tables.sections(results([known], resamples=2), known)
-    tables = {
-        title.removeprefix("### Tables 3-5: "): "\n".join(sections[at + 1 : at + 3])
-        for at, title in enumerate(sections)
-        if title.startswith("### Tables 3-5")
-    }
-    assert list(tables) == ["attack (T = 1 is none) and layer splitting", "step size", "split points"]
-    attack, step, split = tables.values()
-    for name, rows in (("gaia-z", attack), ("both", attack), ("large", step), ("named", split)):
-        assert f"| {name} |" in rows
-    assert "union" not in "".join(tables.values()) and "gsc" not in "".join(tables.values())
-    assert "not at hand" in attack
-    lines = {line.split("|")[1].strip(): line for line in step.splitlines() if line.startswith("|")}
-    assert "| large |" in lines["0.002"] and lines["0.002"].endswith("| 29.05 | 94.91 |")
-    assert "not measured" in lines["0.0005"] and lines["0.0005"].endswith("| 29.03 | 94.93 |")
-
-
-def test_throughput_is_relative_to_msp() -> None:
-    known = run(outcome("msp", 0, source="OpenOOD", forwards=1.0), outcome("sandi-z", 1, forwards=2.5))
-    text = paper_tables.sections(results([known], resamples=2), known)[-1]
-    assert "| MSP | 16.9 | 1.00 | 100.0 | 1.00 |" in text
-    assert "| GAIA | 6.4 | 2.64 | not measured | not measured |" in text
-    assert "| S&I | 4.9 | 3.45 | 40.0 | 2.50 |" in text
-
-
 # ---------------------------------------------------------------- pictures
 
 
+def many() -> Run:
+    found = [outcome(f"method-{at}", at, forwards=1 + at % 3 / 50) for at in range(20)]
+    return run(outcome("msp", 30, title="MSP"), outcome("sandi-z", 31, forwards=5, title="S&I-Z"), *found)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+@pytest.mark.slow
 def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
-    names = [f"method-{at}" for at in range(20)]
-    found = [outcome(name, at, forwards=1 + at % 3 / 50) for at, name in enumerate(names)]
-    known = run(outcome("msp", 30), outcome("sandi-z", 31, forwards=5), *found, missing=MISSING)
+    known = many()
     paths = pictures.draw(tmp_path, results([known], resamples=2), known)
     paths.append(pictures.heat_maps(tmp_path / "heat_maps.png", known.suite, torch.device("cpu")))
     assert [path.name for path in paths] == ["histograms.png", "roc.png", "cost_auroc.png", "heat_maps.png"]
     for path in paths:
-        assert 5_000 < path.stat().st_size < 200_000
+        assert 5_000 < path.stat().st_size < 300_000
         with Image.open(path) as image:
             assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_every_method_is_in_the_grid_and_legends_have_the_auroc_by_the_tables_names() -> None:
+    known = many()
+    frame = results([known], resamples=2)
+    auroc = frame.set_index(["method", "OOD set"])["AUROC"]
+    grid = texts(pictures.histograms(frame, known))
+    for name in known.outcomes:
+        assert name in grid
+        assert all(f"{auroc[name, place]:.1f}" in grid for place in GROUPS)
+    labels = texts(pictures.roc_curves(frame, known))
+    assert all(
+        f"{name} {auroc[name, place]:.1f}" in labels for name in ("msp", "sandi-z", "method-3") for place in GROUPS
+    )
+    assert "ID images lost, % (14 more methods in report.html)" in labels
+    assert not {"MSP", "S&I-Z"} & {*grid, *labels}
+
+
+def test_labels_of_costs_do_not_collide_and_points_have_their_spread() -> None:
+    known = many()
+    frame = results([known], resamples=20)
+    figure = pictures.cost_against_auroc(frame, known)
+    figure.canvas.draw()
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts if text.get_text() in known.outcomes]
+        assert len(boxes) == len(known.outcomes)
+        assert not [(one, other) for one, other in combinations(boxes, 2) if one.overlaps(other)]
+    rows = frame[(frame["group"] == "near") & (frame["OOD set"] == "average")].set_index("method")
+    bars = [bar for container in figure.axes[0].containers for bar in container.lines[2]]
+    ends = {tuple(np.round(np.ptp(bar.get_segments()[0], axis=0), 6)) for bar in bars}
+    row = rows.loc["sandi-z"]
+    assert (round(row["forwards (Q3)"] - row["forwards (Q1)"], 6), 0.0) in ends
+    assert (0.0, round(row["AUROC high"] - row["AUROC low"], 6)) in ends
+
+
+def test_heat_maps_lie_over_the_images_with_a_colour_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    pictures.heat_maps(tmp_path / "x.png", many().suite, torch.device("cpu"))
+    panels = [panel for panel in drawn[0].axes if panel.images]
+    over = [panel.images for panel in panels if len(panel.images) == 2]
+    assert len(over) == len(panels) - 5  # the images alone: two ID, three OOD
+    assert {(image.get_cmap().name, map_.get_cmap().name) for image, map_ in over} == {("gray", "inferno")}
+    assert len({map_.get_clim() for _, map_ in over}) == 1  # one scale, that of the bar
+    assert "attribution, times the image's mean" in [panel.get_ylabel() for panel in drawn[0].axes]

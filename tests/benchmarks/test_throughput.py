@@ -322,6 +322,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*arguments, "--turns", "2", "--seed", "5"]
 
 
+@pytest.mark.slow
 def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert throughput.main([*tiny, "--out", str(tmp_path)]) == 0
     scaling_files = ["scaling_number_of_splits.csv", "scaling_number_of_splits.png"]
@@ -405,6 +406,7 @@ def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixtu
     assert wrong[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_imports_neither_torchvision_nor_openood() -> None:
     program = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent)!r}]; import throughput; "
     program += 'print("imported:", sorted({"torchvision", "openood"} & set(sys.modules)))'

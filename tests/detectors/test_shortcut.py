@@ -272,3 +272,45 @@ def test_weights_whose_changes_are_not_counted(kept: str) -> None:
         net.weight.data[:, :12] = 0
     exact = SandI(net, variant="Z", rectifier_shortcut=False)(x)[1]
     assert torch.equal(detector(x)[1], exact)
+
+
+@pytest.mark.parametrize("other", [lambda x: x.abs().max() < 1, lambda x: len(x) == 1], ids=["data", "batch"])
+def test_other_images_may_take_other_layers(other: Callable[[Tensor], bool]) -> None:
+    def gated(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x)))
+        return net.head(F.relu(net.n1(net.c1(a) if other(x) else net.c2(a))).mean((2, 3)))
+
+    net = made(lambda: Made(gated))
+    with torch.no_grad():
+        net.c1.weight[:, :20] = 0
+    require_exact(net, [images(6), images(1, seed=2), 0.1 * images(4)])
+
+
+def test_gradients_that_cancel_for_some_classes() -> None:
+    """Channels come in pairs of equal maps, which one row of the head weighs alike and another against each other."""
+
+    def paired(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x)))
+        return net.head(F.relu(net.c1(a)).mean((2, 3)))
+
+    net = made(lambda: Made(paired))
+    net.head = nn.Linear(48, 2).double()
+    with torch.no_grad():
+        net.c1.weight[::2] = net.c1.weight[1::2]
+        net.c1.bias[::2] = net.c1.bias[1::2]
+        net.head.weight.fill_(1)
+        net.head.weight[1, ::2] = -1
+        net.head.bias.copy_(torch.tensor([0.0, 2.0]))
+    x = torch.cat([images(8) * scale for scale in (3.0, 0.1)])
+    label = net(x).argmax(1)
+    assert set(label.tolist()) == {0, 1}
+    require_exact(net, [x[label == 0], x[label == 1]], splits=["n0"])
+
+
+def test_reading_is_taken_up_again_after_batches_that_prove_nothing() -> None:
+    net, x = made(Plain), images(4)
+    with torch.no_grad():
+        net.n0.bias.fill_(-0.5)
+        net.c0.bias.zero_()
+    batches = [torch.zeros_like(x)] * 2 + [3 * x] * 9
+    require_exact(net, batches, least=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from tests.helpers.cases import Case, build, images, norm_calls
 from tests.helpers.oracle import Options, Reference
 
 WIDTH = 4
+pytestmark = pytest.mark.slow
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 

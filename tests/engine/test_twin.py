@@ -22,7 +22,8 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openood_sandi.engine.twin import Twin, in_this_thread
+from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.twin import Twin
 from tests.helpers import networks
 from tests.helpers.cases import build, images, prepared
 from tests.helpers.surroundings import surroundings

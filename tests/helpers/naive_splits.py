@@ -101,11 +101,11 @@ class Naive:
     def _walk(self, split: Split, attribute: Callable[[Tensor], Tensor], feature: Split | None) -> list[Tensor]:
         labels = self.logits.argmax(1)
 
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits, attributed = forward_with(self.net, self.x, split, z, feature)
-            return attribute(attributed), F.cross_entropy(logits, labels, reduction="sum")
+            return attribute(attributed), F.cross_entropy(logits, labels, reduction="sum"), logits
 
-        return walk(activation(self.net, self.x, split), forward, self.options)[1]
+        return walk(activation(self.net, self.x, split), forward, self.options, labels)[1]
 
     def _inner(self, features: Tensor) -> Tensor:
         assert self.feature is not None

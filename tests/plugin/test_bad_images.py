@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
-from openood_sandi.runs.unreadable import Readable, UnreadableImage, name_of
+from openood_sandi.runs.unreadable import Readable, UnreadableImage, WrongLabel, name_of
 
 COUNT, BAD = 7, 4
 
@@ -48,6 +48,9 @@ DAMAGES: dict[str, Callable[[Path, str], str]] = {
     "not an image": overwrite,
     "empty": empty,
     "missing": remove,
+}
+#: What is done to the line alone.
+WRONG_LABELS: dict[str, Callable[[Path, str], str]] = {
     "no label": lambda file, line: line.split()[0],
     "label not a number": lambda file, line: line.split()[0] + " cat",
     "label out of range": lambda file, line: line.split()[0] + " 1000000",
@@ -84,10 +87,18 @@ def score(images: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_stop_names_the_image(damaged: Callable[..., Any], damage: Callable[..., Any], suffix: str) -> None:
     loader = DataLoader(damaged(damage, suffix), batch_size=3)
-    name = "" if damage is DAMAGES["blank line"] else f"{BAD}.{suffix}"
-    with pytest.raises(UnreadableImage, match=rf"{name}.*line {BAD + 1} of its list.*'skip'"):
+    with pytest.raises(UnreadableImage, match=rf"{BAD}.{suffix}.*line {BAD + 1} of its list.*'skip'"):
         score_dataset(score, loader, "cpu", progress=False)
     assert ImageFile.LOAD_TRUNCATED_IMAGES, "OpenOOD's setting is its own"
+
+
+@pytest.mark.parametrize("damage", WRONG_LABELS.values(), ids=WRONG_LABELS)
+@pytest.mark.parametrize("unreadable", ["stop", "skip"])
+def test_a_wrong_label_is_no_unreadable_image(damaged: Callable[..., Any], damage: Any, unreadable: str) -> None:
+    with pytest.raises(
+        WrongLabel, match=rf"line {BAD + 1} of its list.*expected a class, 0 to 9, or -1.*mend the list"
+    ):
+        score_dataset(score, DataLoader(damaged(damage), 3), "cpu", progress=False, unreadable=unreadable)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_evaluator_by_name(checkout: Path) -> None:
         check_scores(evaluation.scores, checkout, detector)
 
 
+@pytest.mark.slow
 def test_main_with_a_set_up(checkout: Path) -> None:
     # main.py crops and mirrors training images at random, but the fit is to images as a test has them
     main("--postprocessor", "prototype_fusion", cwd=checkout)

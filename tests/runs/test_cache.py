@@ -60,7 +60,7 @@ def test_a_finished_run_is_not_scored_again(finished: Path, expected: Any) -> No
     before, again = only_file(finished).stat(), Linear()
     assert as_bytes(run(again, finished)) == expected
     after = only_file(finished).stat()
-    assert again.seen == [] and (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert again.after_the_canary([]) and (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 class Interrupted(Exception):
@@ -82,7 +82,7 @@ def test_after_an_error_only_the_rest_is_scored(at: int, tmp_path: Path, expecte
     rest = Linear()
     assert as_bytes(run(rest, tmp_path)) == expected
     # the first batch is shown to the scorer again, which may have to study it
-    assert rest.batches() == [0, *BATCHES[at:]]
+    assert rest.after_the_canary(BATCHES[at:])
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_several_processes_at_once(tmp_path: Path, expected: Any) -> None:
     run(Linear(), tmp_path)
     again = Linear()
     assert as_bytes(run(again, tmp_path)) == expected
-    assert again.seen == [] and only_file(tmp_path).suffix == ".npz"
+    assert again.after_the_canary([]) and only_file(tmp_path).suffix == ".npz"
 
 
 # ---------------------------------------------------------------------- what is on disk
@@ -289,7 +289,7 @@ def test_a_full_disk_does_not_end_the_run(
     monkeypatch.undo()
     rest = Linear()
     assert as_bytes(run(rest, tmp_path)) == expected
-    assert rest.batches() == (BATCHES if at == 0 else [0, *BATCHES[at:]])
+    assert rest.batches() == BATCHES if at == 0 else rest.after_the_canary(BATCHES[at:])
 
 
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class ChannelAverage(Observer):
             output = mean[self._feature.site].mean(1, keepdim=True).sqrt()
         else:
             self._require_channels(mean, output.shape[1])
-        if not output.is_cuda and not output.any():
+        if output.device.type == "cpu" and not output.any():
             raise ValueError(
                 f"the gradient of log-softmax at F ({self._feature.name!r}) is zero for every image, so Eq. 13 has no "
                 "value: the network's output is saturated (hard decisions, a softmax of large logits), or does not "

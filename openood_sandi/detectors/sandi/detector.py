@@ -282,7 +282,7 @@ class SandI(Detector):
 def _columns(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:
     """Classes and scores of all parts, and False if one is seen not to be finite."""
     pred, tau, finite = map(torch.cat, zip(*parts, strict=True))
-    return pred, tau, finite.is_cuda or bool(finite.all())  # on a GPU, to look would be to wait for it
+    return pred, tau, finite.device.type != "cpu" or bool(finite.all())  # on a GPU, to look would be to wait for it
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

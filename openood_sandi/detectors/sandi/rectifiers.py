@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.splits import RecordedNetwork, Split
 from openood_sandi.engine.tape import Call, Site
+from openood_sandi.engine.values import tells_of_form
 
 __all__ = ["RectifiedNetwork", "Rectifier", "rectified_network"]
 
@@ -88,7 +90,7 @@ class RectifiedNetwork:
 def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> RectifiedNetwork | None:
     """The network's rectifiers, from a recorded pass; None where masks do not tell the patterns at all ``splits``."""
     held = found.positions(splits)
-    if len(held) < len(splits) or found.output is None:
+    if len(held) < len(splits) or found.output is None or _reads_data(found.calls):
         return None
     graph = _Graph(found.calls, found.output)
     try:
@@ -98,6 +100,12 @@ def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> Rectif
     except _Unreadable:
         return None
     return RectifiedNetwork(rectifiers, gates, found.call_names, open_rows)
+
+
+def _reads_data(calls: Sequence[Call]) -> bool:
+    """Whether the network turns what it computes into Python data: other images may lead it to other layers."""
+    read = (call for call in calls if call.producers and not tensors_in(call.result))
+    return any(not tells_of_form(call.name) for call in read)
 
 
 class _Unreadable(Exception):

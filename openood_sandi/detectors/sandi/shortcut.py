@@ -26,10 +26,10 @@ __all__ = ["ComputedDensities", "ShortcutDensities"]
 
 _log = logging.getLogger(__name__)
 
-# On the first so many images of a shape that are proved, what was read is compared with what gradients say.
-_FIRST_CHECK = 2
 # A sum of products is exactly zero by accident now and then: seen once in 5e8 positions in float32.
-_COINCIDENCE = 1e-6
+_COINCIDENCE = 1e-5
+# Where a batch proves little, up to so many of the next are computed at once before one is read again.
+_LONGEST_PAUSE = 63
 
 
 class ReadDensity(Observer):
@@ -134,8 +134,10 @@ class ShortcutDensities:
         self._computed, self._steps_alone = computed, steps_alone
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
-        self._mostly_unproved = False
-        self._agreed: set[object] = set()
+        self._looked_at: dict[object, set[int]] = {}
+        """Predicted classes of which an image was both read and computed, alike."""
+        self._pause = self._to_compute = 0
+        """How many batches were not read after the last that proved little, and how many are still to come."""
         self._seen = self._proved = 0
 
     @property
@@ -148,21 +150,24 @@ class ShortcutDensities:
         if self._network.is_plain:
             return self._computed(x)
         self._seen += len(x)
-        key = (*x.shape[1:], x.dtype, x.device, self._network.weights_version())
+        # a network may treat an image alone otherwise
+        key = (*x.shape[1:], len(x) == 1, x.dtype, x.device, self._network.weights_version())
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
         rectified = self._rectified[key]
-        if rectified is None or self._mostly_unproved:
+        if rectified is None or self._to_compute:
+            self._to_compute = max(0, self._to_compute - 1)
             return self._computed(x)
         logits, found, unproved = self._masks(x, rectified)
         if found is None:
             return self._computed(x)
         finite = logits.isfinite().all(1)
-        if key not in self._agreed and not self._agrees(x, found, (finite & ~unproved).nonzero()[:, 0], key):
+        if not self._agrees(x, found, torch.where(finite & ~unproved, logits.argmax(1), -1), key):
             self._rectified[key] = None
             return self._computed(x)
-        self._mostly_unproved = 2 * int(unproved.sum()) > len(x)
+        proves_little = 2 * int(unproved.sum()) > len(x)
+        self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
         rows = (unproved & finite).nonzero()[:, 0]
         self._proved += len(x) - len(rows)
         if len(rows):
@@ -185,15 +190,20 @@ class ShortcutDensities:
             return logits, None, logits.new_zeros(0, dtype=torch.bool)
         return logits, density.densities(), read.unproved(logits)
 
-    def _agrees(self, x: Tensor, read: dict[str, Tensor], proved: Tensor, key: object) -> bool:
-        """Whether what was read of the first of the ``proved`` images of ``x``, by number, is what gradients say."""
-        few = proved[:_FIRST_CHECK]
-        if not len(few):
-            return True  # nothing is read, and the next batch is looked at
-        for name, density in self._computed(x[few])[1].items():
-            share = float((read[name][few] - density).abs().mean())
-            if share > _COINCIDENCE:
-                _log.info("the gradient at %s is zero where its rectifier is not (%.2g); computing all", name, share)
-                return False
-        self._agreed = {*list(self._agreed)[-7:], key}
+    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: Tensor, key: object) -> bool:
+        """Whether what was read of images of ``classes`` (B,), -1 where nothing is proved, is what gradients say.
+
+        One image of each class is looked at, ever: the patterns of gradients depend on the class that is attributed.
+        """
+        looked_at = self._looked_at.get(key, set())
+        first = {label: row for row, label in reversed(list(enumerate(classes.tolist())))}
+        rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
+        if not rows:
+            return True
+        computed = self._computed(x[rows])[1]
+        share = float(torch.cat([(read[name][rows] - density).abs() for name, density in computed.items()], 1).mean())
+        if share > _COINCIDENCE:
+            _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
+            return False
+        self._looked_at = {**dict(list(self._looked_at.items())[-7:]), key: looked_at | first.keys()}
         return True

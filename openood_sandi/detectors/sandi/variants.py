@@ -87,7 +87,7 @@ class _Zeros(Observer):
         self.shares: list[float] = []
 
     def gradient(self, site: Site, gradient: Tensor) -> None:
-        self.shares.append(float((gradient == 0).double().mean()))
+        self.shares.append(float((gradient == 0).float().mean()))
 
 
 def _share_with_zeros(network: SplitNetwork, splits: Sequence[Split], probe: Tensor) -> float:
