@@ -101,7 +101,7 @@ setup(
         "console_scripts": ["openood-sandi = openood_sandi.command:main"],
         "openood.postprocessors": [
             f"{name} = openood_sandi.postprocessor:{postprocessor}" for name, (_, postprocessor) in DETECTORS.items()
-        ]
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",
