@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.console import Parser, device, positive, progress
-from comparison.environment import environment, same_arithmetic_on_gpus
+from comparison.console import Lines, Parser, device, positive, progress
+from comparison.environment import environment, on_quickest_threads, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
 from comparison.table import Run, results
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     sources.add_arguments(parser)
     add = parser.add_argument
-    names = "names, 'default' or 'all'; a wrong name lists them; default: default"
+    names = "names or titles, 'default' or 'all'; a wrong one lists them; default: default"
     add("--methods", nargs="+", default=["default"], metavar="METHOD", help=names)
     add("--limit", type=positive, help="use only LIMIT images of every set")
     add("--batch-size", type=positive, default=200, help="default: %(default)s")
@@ -100,23 +100,26 @@ class _Comparison:
         options = self._options
         for seed in options.seeds:
             suite = self._decoder.suite(sources.load(options, seed).limited(options.limit))
-            chosen, reasons = _chosen(options.methods, *methods.available(suite))
+            chosen, reasons, asked = _chosen(options.methods, *methods.available(suite))
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
-            self.failed |= any(name in options.methods for name in reasons)
+            self.failed |= not asked.isdisjoint(reasons)
             evaluation = Evaluation(suite, options.device, options.batch_size, options.workers, options.cache)
+            if seed == options.seeds[0] and options.device.type == "cpu":
+                on_quickest_threads(suite.network, next(iter(suite.in_distribution.loader(options.batch_size)))[0])
             outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
             self._outcomes.append(outcomes)
-            for method in progress(chosen, f"{suite.name}, seed {seed}", "method"):
+            lines = Lines(len(chosen) * sum(map(len, (*suite.test_sets, *(suite.validation or ())[:1]))))
+            for method in progress(chosen, f"{suite.name}, seed {seed}", "methods"):
                 with self._noted(method):
-                    outcomes[method.name] = Outcome(method, evaluation.scores(method))
+                    outcomes[method.name] = Outcome(method, evaluation.scores(method, lines))
 
     def measure(self) -> None:
         """Measure what each method costs, with the first network; the cost of one that fails is left out."""
         if not self._options.cost or not ranks.is_main_process():
             return
         outcomes = self._outcomes[0]
-        for name, outcome in progress(list(outcomes.items()), "cost", "method"):
+        for name, outcome in progress(list(outcomes.items()), "cost", "methods"):
             with self._noted(outcome.method, alone=True):
                 outcomes[name] = replace(outcome, expense=self._evaluations[0].expense(outcome.method))
 
@@ -182,6 +185,8 @@ class _Comparison:
         """An error of the method's is noted, unless other ranks are waiting for this one's scores."""
         try:
             yield
+        except SourceError:  # images that nobody can read
+            raise
         except Exception as error:
             if ranks.world_size() > 1 and not alone:
                 raise
@@ -192,18 +197,21 @@ class _Comparison:
 
 def _chosen(
     wanted: Sequence[str], runnable: dict[str, Method], reasons: dict[str, str]
-) -> tuple[list[Method], dict[str, str]]:
-    """The methods that the command line names, in the registry's order, and those of them that cannot run, and why."""
+) -> tuple[list[Method], dict[str, str], set[str]]:
+    """The methods that the command line names, in the registry's order; those of them that cannot run, and why; and
+    which it asks for one by one."""
     known = [*runnable, *reasons]
-    names: set[str] = set()
+    called = methods.called(runnable, known)
     for name in wanted:
-        if name not in ("default", "all", *known):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+        if name.casefold() not in called:
+            near = difflib.get_close_matches(name.casefold(), called, 1)
+            hint = f"; did you mean {called[near[0]]}?" if near else ""
             parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
-        names |= set(methods.DEFAULT if name == "default" else known if name == "all" else [name])
+    asked = {called[name.casefold()] for name in wanted}
+    groups = {"default": methods.DEFAULT, "all": known}
+    names = {name for one in asked for name in groups.get(one, [one])}
     chosen = [method for name, method in runnable.items() if name in names]
-    return chosen, {name: reason for name, reason in reasons.items() if name in names}
+    return chosen, {name: reason for name, reason in reasons.items() if name in names}, asked
 
 
 if __name__ == "__main__":

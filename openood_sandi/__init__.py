@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from openood_sandi.detectors.gsc import GradientShortCircuit
     from openood_sandi.detectors.info import DetectorInfo
     from openood_sandi.detectors.prototype_fusion import PrototypeFusion
+    from openood_sandi.detectors.sandi.calibrated import SandIC
     from openood_sandi.detectors.sandi.detector import SandI
     from openood_sandi.engine.backward import Objective
     from openood_sandi.engine.errors import ReplayError
@@ -39,6 +40,7 @@ _HOMES = {
     "PrototypeFusion": "detectors.prototype_fusion",
     "ReplayError": "engine.errors",
     "SandI": "detectors.sandi.detector",
+    "SandIC": "detectors.sandi.calibrated",
     "Scores": "detectors.detector",
     "SplitNetwork": "engine.network",
     "Walk": "engine.walk",
@@ -56,6 +58,7 @@ __all__ = [
     "PrototypeFusion",
     "ReplayError",
     "SandI",
+    "SandIC",
     "Scores",
     "SplitNetwork",
     "Walk",

@@ -11,7 +11,7 @@ import difflib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,15 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import openood.utils.comm as comm
 from openood.postprocessors import BasePostprocessor
+from openood.utils.config import Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.plugin import checkpoints, registry
 from openood_sandi.plugin.settings import require_sound
+from openood_sandi.plugin.training_images import as_tested, in_eval_mode
 from openood_sandi.runs import keys, ranks
+from openood_sandi.runs.batches import images_and_labels
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
 
@@ -42,10 +46,13 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
     OpenOOD searches ``postprocessor_sweep``, lists of values under names of options.
 
     Args:
-        config: OpenOOD's configuration; options that it leaves out have the detector's defaults.
+        config: OpenOOD's configuration; options that it leaves out have the detector's defaults. In Python it can be
+            left out: ``SandIPostprocessor(variant="A")``.
+        options: in place of ``config``, what that has under ``postprocessor.postprocessor_args``.
 
     Raises:
         ValueError: an option is unknown or its value has the wrong type.
+        TypeError: both a configuration and options are given, or a configuration that is none.
     """
 
     info: ClassVar[DetectorInfo]
@@ -57,7 +64,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         """The options that can be set, and their defaults."""
         return options_of(cls.method)
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any = None, **options: Any) -> None:
+        config = _configuration(self.info.name, config, options)
         super().__init__(config)
         settings = config.postprocessor
         require_sound(settings)
@@ -125,7 +133,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         fitted = {name: value for name, value in vars(self).items() if name not in _SETTINGS}
         dataset = getattr(data_loader, "dataset", data_loader)
         try:
-            return keys.score_key(type(self).__qualname__, self.options, net, dataset, fitted=keys.state(fitted))
+            made = {"fitted": keys.state(fitted), "detector": keys.state({"class": self.method})}
+            return keys.score_key(type(self).__qualname__, self.options, net, dataset, **made)
         except keys.Indescribable as error:
             if self.run["cache_dir"]:
                 _log.warning("the score cache is left unused: %s", error)
@@ -184,6 +193,19 @@ _OF_THE_RUN = {"cache_dir": "", "unreadable": "stop"}
 _SETTINGS = ("config", "options", "run", "args_dict", "APS_mode", "hyperparam_search_done")
 
 
+def _configuration(name: str, config: Any, options: dict[str, Any]) -> Any:
+    """``config``, or one that has the options where there is none."""
+    if config is None:
+        settings = {"name": name, "APS_mode": False, "postprocessor_args": options, "postprocessor_sweep": {}}
+        return Config({"postprocessor": Config(settings)})
+    if options or not hasattr(config, "postprocessor"):
+        raise TypeError(
+            f"{name}: expected a configuration of OpenOOD's, or options by name, as variant='A'; got "
+            f"{type(config).__name__}{' and ' * bool(options)}{', '.join(options)}"
+        )
+    return config
+
+
 def _checked_of_the_run(method: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{method}: {name}={value!r}: expected a string")
@@ -198,20 +220,30 @@ class FittedPostprocessor(DetectorPostprocessor):
     It keeps what their fit sets, the attributes ``info.fitted``, and keeps them when it sets up again.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any = None, **options: Any) -> None:
+        super().__init__(config, **options)
         self.setup_flag = False
 
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, DataLoader[Any]], ood_loader_dict: Mapping[str, Any]
     ) -> None:
-        """Fit the detector to ``id_loader_dict["train"]``, on the network's device."""
+        """Fit the detector to ``id_loader_dict["train"]``, as test images are transformed, on the network's device.
+
+        What it needs of images that it does not learn from, it takes from ``id_loader_dict["val"]``, if there is one.
+        """
         if self.setup_flag:
             return
-        batches = tqdm(id_loader_dict["train"], desc=f"fitting {self.info.name}", disable=not comm.is_main_process())
-        fitted = super().detector(net).fit(_pairs(batches))
+        val = id_loader_dict.get("val")
+        train = as_tested(id_loader_dict["train"], val)
+        batches = tqdm(train, desc=f"fitting {self.info.name}", disable=not comm.is_main_process())
+        detector = super().detector(net)
+        with in_eval_mode(net):
+            if isinstance(detector, Detector):
+                detector.fit(batches, val)
+            else:  # another package's, which knows pairs only
+                detector.fit(map(images_and_labels, batches))
         for name in self.info.fitted:
-            setattr(self, name, getattr(fitted, name))
+            setattr(self, name, getattr(detector, name))
         self.setup_flag = True
 
     def detector(self, net: nn.Module) -> Any:
@@ -220,11 +252,6 @@ class FittedPostprocessor(DetectorPostprocessor):
             if hasattr(self, name):  # else there has been no set-up, which the detector says itself
                 setattr(detector, name, getattr(self, name))
         return detector
-
-
-def _pairs(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        yield batch["data"], batch["label"]
 
 
 @functools.cache

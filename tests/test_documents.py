@@ -7,6 +7,8 @@ import inspect
 import math
 import re
 import runpy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +37,26 @@ def test_documents_call_the_data_folder_data() -> None:
     assert not [file.name for file in DOCUMENTS if "../shared" in file.read_text(encoding="utf-8")]
 
 
+def test_the_commands_for_tests_are_those_of_ci(pytestconfig: pytest.Config) -> None:
+    markers = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
+    command = re.compile(r'pytest -n auto(?: -p no:cacheprovider)?(?: -m "not (\w+)")?')
+    left_out = {
+        file: set(command.findall((ROOT / file).read_text(encoding="utf-8")))
+        for file in ("README.md", "CONTRIBUTING.md", ".ci/run")
+    }
+    assert left_out["README.md"] == left_out[".ci/run"] == {"", "long"}
+    assert left_out["CONTRIBUTING.md"] == {"", "long", "slow"}
+    assert {"long", "slow"} <= markers
+
+
+@pytest.mark.slow
+def test_long_implies_slow() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    file = "tests/runs/test_soak.py"
+    listed = subprocess.run([*command, file], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "test_growth_is_told_from_noise" in listed and "in_a_long_run" not in listed
+
+
 def test_the_map_of_the_package_is_complete() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     mapped = set(re.findall(r"^\| `(openood_sandi/\S+\.py)` \|", text, re.M))
@@ -54,7 +76,7 @@ def test_options_have_the_documented_defaults() -> None:
 def test_security_names_every_module_of_openood_that_is_changed() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(openood\.[\w.]+)`", text)) - {registry.GROUP}
-    assert named == set(seams.SEAMS) and len(named) == 5 and "five of OpenOOD's modules" in text
+    assert named == set(seams.SEAMS) and len(named) == 6 and "six of OpenOOD's modules" in text
 
 
 def test_the_table_of_detectors_is_that_of_the_registry() -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from networks import SourceError
-from networks.catalogue import LARGE, SMALL, Input, Normalisation
+from networks.architecture import Input, Normalisation
+from networks.catalogue import LARGE, SMALL
 
-from .image_files import OodOption, folder_set, image_set
+from .folders import OodOption, folder_set
+from .image_files import image_set
+from .reading import AS_OPENOOD, Reading
 from .suite import Group, ImageSet
 
 
@@ -92,6 +95,7 @@ class ImageLists:
     root: Path
     shape: Input
     normalisation: Normalisation
+    reading: Reading = AS_OPENOOD
 
     def in_distribution(self) -> ImageSet:
         """The ID test images."""
@@ -119,13 +123,14 @@ class ImageLists:
             wanted[option.name] = option.group or wanted.get(option.name) or benchmark.group(option.name)
         options = {option.name: option for option in asked}
         found, missing = [], []
+        pixels = self.shape, self.normalisation, self.reading
         for name, group in wanted.items():
             folder = options[name].folder if name in options else None
             try:
                 if folder is None:
                     found.append(self._read("test", name, group))
                 else:
-                    found.append(folder_set(name, group, folder, self.shape, self.normalisation))
+                    found.append(folder_set(name, group, folder, *pixels))
             except SourceError as error:
                 if name in options:
                     raise SourceError(f"--ood {name}: {error}.") from error
@@ -157,7 +162,8 @@ class ImageLists:
             raise SourceError(f"the first image of {path}, {first}, is not in {' or '.join(IMAGES)} of {self.root}")
         shown = name if split == "test" else f"{split} {name}"
         description = f"OpenOOD's list {self.data}/{path.name}"
-        return image_set(shown, group, self.root / folder, entries, self.shape, self.normalisation, description)
+        pixels = self.shape, self.normalisation
+        return image_set(shown, group, self.root / folder, entries, *pixels, description, self.reading)
 
     def _entry(self, line: str, place: str, group: Group) -> tuple[str, int]:
         file, _, text = line.partition(" ")

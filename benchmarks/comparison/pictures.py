@@ -1,142 +1,196 @@
-"""Pictures of the scores and of what they cost."""
+"""Pictures of the scores and of what they cost; methods are called what the table calls them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from adjustText import adjust_text
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from openood_sandi import SandI
-
+from . import curves
+from .attribution import attribution_maps, over_all_splits, pixels
 from .evaluation import Outcome
 from .files import save_figure
 from .suite import ImageSet, Suite
 from .table import AVERAGE, Run, groups
 
-SHOWN = ("msp", "ebo", "gaia-z", "gaia-a", "sandi-z", "sandi-a")
-"""Methods that pictures with room for a few show first."""
-COLOURS = dict(zip(SHOWN, ("#555555", "#d98e04", "#7fc8f8", "#f4a6a0", "#1b6ca8", "#b03a2e"), strict=True))
-OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
-"""For as many as there is room for."""
+SHOWN = ("msp", "ebo", "gaia-z", "gaia-a", "sandi-z", "sandi-a", "sandi_c")
+"""Methods that a picture with room for a few shows first."""
+COLOURS = dict(zip(SHOWN, ("#555555", "#d98e04", "#7fc8f8", "#f4a6a0", "#1b6ca8", "#b03a2e", "#3b1f5c"), strict=True))
+OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#2f4f4f", "#7f7f00")
+CURVES = len(OTHERS)
+"""For as many as a panel has room for."""
 EXAMPLES, SPLITS, ROOM = 2, 4, 5
 """What heat maps show: ID images, splits evenly spread over the network, and at most so many OOD sets, by an image."""
+ITERATIONS = 1000
+"""Of moving labels apart."""
+FAR = 8
+"""Pixels from which on a label needs a line to its point."""
 T = TypeVar("T")
 ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
 
 def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
-    """Write all pictures; the paths written."""
-    names = [name for name in SHOWN if name in run.outcomes]
-    names += [name for name in run.outcomes if name not in names]
-    outcomes = [run.outcomes[name] for name in names[: len(OTHERS)]]
-    figures = {"histograms": histograms(outcomes, run.suite), "roc": roc_curves(outcomes, run.suite)}
+    """Write the pictures of ``frame``, which is :func:`table.results`, and of the scores of ``run``; their paths."""
+    figures = {"histograms": histograms(frame, run), "roc": roc_curves(frame, run)}
     if frame["forwards"].notna().any():
         figures["cost_auroc"] = cost_against_auroc(frame, run)
     return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def histograms(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
-    """Scores of ID images behind those of each OOD set: a row of panels for each method."""
+def histograms(frame: pd.DataFrame, run: Run) -> Figure:
+    """Scores of ID images behind those of each OOD set, with the AUROC: a row of panels for each method."""
+    suite, outcomes, auroc = run.suite, list(run.outcomes.values()), _auroc(frame)
     sets = suite.out_of_distribution
-    figure = Figure((1.1 + 2.3 * len(sets), 0.9 + 1.35 * len(outcomes)), layout="constrained")
+    figure = Figure((1.4 + 2.1 * len(sets), 1.0 + 0.95 * len(outcomes)), layout="constrained")
     panels = figure.subplots(len(outcomes), len(sets), squeeze=False)
     for row, outcome in zip(panels, outcomes, strict=True):
-        scored = [outcome.scored[images.name].scores for images in suite.test_sets]
-        # without the outermost scores, which would squeeze the others into a few bins
-        low, high = min(np.percentile(some, 0.5) for some in scored), max(np.percentile(some, 99.5) for some in scored)
-        low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
-        for panel, unknown in zip(row, scored[1:], strict=True):
-            for scores, colour in ((scored[0], ID_COLOUR), (unknown, OOD_COLOUR)):
-                shares, bins = np.full(len(scores), 1 / len(scores)), np.linspace(low, high, 51)
-                panel.hist(np.clip(scores, low, high), bins, weights=shares, color=colour, alpha=0.6, linewidth=0)
-            panel.set_yticks([])
-            _plain(panel, "")
-            panel.spines["left"].set_visible(False)
-        row[0].set_ylabel(outcome.method.title, fontsize=9)
+        for panel, images in zip(row, sets, strict=True):
+            _histogram(panel, outcome, suite, images)
+            told = f"{auroc[outcome.method.name, images.name]:.1f}"
+            panel.text(0.99, 0.97, told, transform=panel.transAxes, fontsize=8, ha="right", va="top")
+        row[0].set_ylabel(outcome.method.name, fontsize=8, rotation=0, ha="right", va="center")
     for panel, images in zip(panels[0], sets, strict=True):
         panel.set_title(_name(images), fontsize=9)
     handles = [Patch(color=ID_COLOUR, alpha=0.6), Patch(color=OOD_COLOUR, alpha=0.6)]
     labels = [f"ID: {suite.in_distribution.name}", "OOD: the set that the column names"]
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
-    figure.supxlabel("score (larger = more OOD), the outermost 0.5 % gathered at the ends", fontsize=9)
+    told = "score (larger = more OOD), the outermost 0.5 % gathered at the ends; in the corner: AUROC, %"
+    figure.supxlabel(told, fontsize=9)
     return figure
 
 
-def roc_curves(outcomes: Sequence[Outcome], suite: Suite) -> Figure:
-    """ROC curves with OOD as the positive class, a panel for each OOD set."""
-    sets = suite.out_of_distribution
+def _histogram(panel: Axes, outcome: Outcome, suite: Suite, images: ImageSet) -> None:
+    known, unknown = (outcome.scored[one.name].scores for one in (suite.in_distribution, images))
+    binned = curves.histogram(known, unknown, tuple(outcome.scored[one.name].scores for one in suite.test_sets))
+    edges = np.linspace(binned.low, binned.high, len(binned.known) + 1)
+    for shares, colour in ((binned.known, ID_COLOUR), (binned.unknown, OOD_COLOUR)):
+        panel.stairs(shares, edges, fill=True, color=colour, alpha=0.6)
+    panel.set_yticks([])
+    panel.set_ylim(0, 1.35 * max(*binned.known, *binned.unknown))  # room for the AUROC
+    _plain(panel, "")
+    panel.locator_params(axis="x", nbins=4)
+    panel.tick_params(labelsize=7)
+    panel.spines["left"].set_visible(False)
+
+
+def roc_curves(frame: pd.DataFrame, run: Run) -> Figure:
+    """ROC curves with OOD as the positive class, a panel for each OOD set; the legends have the AUROC.
+
+    Of many methods, those in ``SHOWN`` first, as many as can be told apart.
+    """
+    suite, sets = run.suite, run.suite.out_of_distribution
+    names = sorted(run.outcomes, key=lambda name: name not in SHOWN)[:CURVES]  # sorting keeps the order of others
     columns = 2 if len(sets) in (2, 4) else min(len(sets), 3)
     rows = math.ceil(len(sets) / columns)
-    figure = Figure((3.1 * columns, 0.6 + 3.1 * rows), layout="constrained")
+    figure = Figure((3.6 * columns, 0.5 + 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, images in zip(panels, sets, strict=False):
-        for outcome, other in zip(outcomes, OTHERS, strict=False):
-            known, unknown = outcome.scored[suite.in_distribution.name].scores, outcome.scored[images.name].scores
-            is_ood = np.repeat([False, True], [len(known), len(unknown)])
-            lost, caught, _ = roc_curve(is_ood, np.concatenate([known, unknown]))
-            # GAIA's curves often lie on S&I's: dashed and on top, both are seen.
-            style = {"linestyle": "--", "zorder": 3} if outcome.method.name.startswith("gaia") else {}
-            colour = COLOURS.get(outcome.method.name, other)
-            panel.plot(100 * lost, 100 * caught, color=colour, linewidth=1.5, label=outcome.method.title, **style)
-        panel.axhline(95, color="black", linewidth=0.6, linestyle=":")
-        panel.axvline(5, color="black", linewidth=0.6, linestyle=":")
-        panel.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
-        _plain(panel, _name(images))
+        _roc(panel, [run.outcomes[name] for name in names], suite, images, _auroc(frame))
     for panel in panels[len(sets) :]:
         panel.set_axis_off()
-    figure.supxlabel("ID images lost, %", fontsize=9)
+    left_out = len(run.outcomes) - len(names)
+    figure.supxlabel(
+        "ID images lost, %" + (f" ({left_out} more methods in report.html)" if left_out else ""), fontsize=9
+    )
     figure.supylabel("OOD images caught, %", fontsize=9)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
+
+
+def _roc(panel: Axes, outcomes: Sequence[Outcome], suite: Suite, images: ImageSet, auroc: pd.Series) -> None:
+    others = iter(OTHERS)
+    for outcome in outcomes:
+        name = outcome.method.name
+        known, unknown = (outcome.scored[one.name].scores for one in (suite.in_distribution, images))
+        lost, caught = curves.roc(known, unknown)
+        # GAIA's curves often lie on S&I's: dashed and on top, both are seen.
+        style, above = ("--", 3) if name.startswith("gaia") else ("-", 2)
+        (line,) = panel.plot(
+            100 * lost, 100 * caught, style, color=COLOURS.get(name) or next(others), linewidth=1.5, zorder=above
+        )
+        line.set_label(f"{name} {auroc[name, images.name]:.1f}")
+    panel.axhline(95, color="black", linewidth=0.6, linestyle=":")
+    panel.axvline(5, color="black", linewidth=0.6, linestyle=":")
+    panel.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    panel.legend(loc="lower right", fontsize=7, title="AUROC, %", title_fontsize=7, framealpha=0.7)
+    _plain(panel, _name(images))
 
 
 def cost_against_auroc(frame: pd.DataFrame, run: Run) -> Figure:
-    """AUROC against time in plain forward passes, a panel for near- and one for far-OOD."""
+    """AUROC against time in plain forward passes with the spread of both, a panel for near- and one for far-OOD."""
     found = groups(run.suite)
-    figure = Figure((6.0 * len(found), 5.4), layout="constrained")
+    figure = Figure((6.4 * len(found), 5.6), layout="constrained")
+    FigureCanvasAgg(figure)  # which measures texts
     for panel, group in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         rows = frame[(frame["group"] == group.name) & (frame["OOD set"] == AVERAGE)].dropna(subset=["forwards"])
-        ours = [run.outcomes[name].method.source == "openood-sandi" for name in rows["method"]]
-        colours = [OURS_COLOUR if own else ID_COLOUR for own in ours]
-        panel.scatter(rows["forwards"], rows["AUROC"], c=colours, s=22, zorder=3)
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("time in plain forward passes", fontsize=9)
-        panel.grid(alpha=0.25, linewidth=0.5)
-        _plain(panel, f"{group.title}: AUROC, %")
-        _label(panel, rows, colours)
+        rows = rows.assign(own=[run.outcomes[name].method.source == "openood-sandi" for name in rows["method"]])
+        _points(panel, rows)
+        panel.set_xlabel("time in plain forward passes (bars: quartiles)", fontsize=9)
+        spread = "standard deviation over networks" if "AUROC std" in frame else "95 % interval over images"
+        _plain(panel, f"{group.title}: AUROC, % (bars: {spread})")
+    figure.draw_without_rendering()  # the layout, in which labels are then moved apart
+    figure.set_layout_engine("none")
+    for panel in figure.axes:
+        _move_apart(panel)
     return figure
 
 
-def _label(panel: Axes, rows: pd.DataFrame, colours: Sequence[str]) -> None:
-    """Name every point in a column beside the panel, in the order of their heights, with a line to it."""
-    heights = np.linspace(0.01, 0.99, len(rows))[rows["AUROC"].argsort().argsort()]
-    for (_, row), height, colour in zip(rows.iterrows(), heights, colours, strict=True):
-        panel.annotate(
-            row["method"],
-            (row["forwards"], row["AUROC"]),
-            xytext=(1.08, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=7.5,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
+def _points(panel: Axes, rows: pd.DataFrame) -> None:
+    for _, row in rows.iterrows():
+        colour = OURS_COLOUR if row["own"] else ID_COLOUR
+        times, auroc = row["forwards"], row["AUROC"]
+        across = [[max(times - row["forwards (Q1)"], 0)], [max(row["forwards (Q3)"] - times, 0)]]
+        if "AUROC std" in rows:
+            upright = [[row["AUROC std"]], [row["AUROC std"]]]
+        else:  # an interval by percentiles may leave its value out
+            upright = [[max(auroc - row["AUROC low"], 0)], [max(row["AUROC high"] - auroc, 0)]]
+        faint = (*to_rgb(colour), 0.45)
+        panel.errorbar(times, auroc, upright, across, "o", ms=4.5, color=colour, elinewidth=0.7, ecolor=faint, zorder=3)
+        panel.text(times, auroc, row["method"], fontsize=7.5, color=colour, zorder=4)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.margins(0.2, 0.12)
+    panel.grid(alpha=0.25, linewidth=0.5)
+
+
+def _move_apart(panel: Axes) -> None:
+    """Labels off each other and off the points, each with a line to its point."""
+    panel.autoscale(False)  # the layout has room for these ticks and no others
+    texts = list(panel.texts)
+    places = np.array([text.get_position() for text in texts])
+    for room in (1.0, 1.2, 1.4, 1.6, 1.8):  # the more, the less likely that two are left on each other
+        # not until a time is up, which would make pictures differ from machine to machine
+        adjust_text(
+            texts, *places.T, ax=panel, iter_lim=ITERATIONS, expand=(1.05 * room, 1.2 * room), force_text=(0.5, 1.0)
         )
+        boxes = [text.get_window_extent() for text in texts]
+        if not any(one.overlaps(other) for one, other in combinations(boxes, 2)):
+            break
+    for text, box, point in zip(texts, boxes, panel.transData.transform(places), strict=True):
+        near = np.clip(point, box.min, box.max)
+        if np.hypot(*(near - point)) > FAR:
+            ends = panel.transData.inverted().transform([point, near])
+            panel.plot(*ends.T, color=text.get_color(), linewidth=0.5, alpha=0.6, zorder=2)
+
+
+def _auroc(frame: pd.DataFrame) -> pd.Series:
+    """By method and OOD set."""
+    return frame[frame["OOD set"] != AVERAGE].set_index(["method", "OOD set"])["AUROC"]
 
 
 def _name(images: ImageSet) -> str:
@@ -152,30 +206,33 @@ def _plain(panel: Axes, title: str) -> None:
 def heat_maps(path: Path, suite: Suite, device: torch.device) -> Path:
     """Attribution maps (Eq. 10) over example images, as the S&I paper's Figure 2 shows them.
 
-    Images, the maps of some splits, and the sum over all splits: a row for each image, ID first.
+    Images, the maps of some splits, and the mean over all splits, on one scale: a row for each image, ID first.
     """
     known, unknown = suite.in_distribution, _spread(suite.out_of_distribution, ROOM)
     images = torch.cat([_examples(known, EXAMPLES), *(_examples(one, 1) for one in unknown)])
     labels = [f"{known.name}\n(ID)"] * EXAMPLES + [f"{one.name}\n({one.group}-OOD)" for one in unknown]
-    found = SandI(suite.network.to(device)).explain(images.to(device))
-    maps = {name: _upsampled(one.cpu(), images.shape[-2:]) for name, one in found.items()}
+    maps = attribution_maps(suite, images, device)
     columns = {name: maps[name] for name in _spread(list(maps), SPLITS)}
-    columns[f"all {len(maps)} splits"] = torch.stack(list(maps.values())).sum(0)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in suite.normalisation)
-    pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1).float().numpy()
+    columns[f"mean of {len(maps)} splits"] = over_all_splits(maps)
+    # the few largest values would leave the others dark
+    most = max(float(np.percentile(list(columns.values()), 99.5)), 1e-12)
 
-    height, width = len(images), 1 + len(columns)
-    figure = Figure((0.4 + 1.05 * width, 0.3 + 1.05 * height), layout="constrained")
-    panels = figure.subplots(height, width, squeeze=False)
-    for row, label in enumerate(labels):
-        panels[row, 0].imshow(pixels[row], cmap="gray", vmin=0, vmax=1)
+    figure = Figure((0.9 + 1.1 * (1 + len(columns)), 0.3 + 1.1 * len(images)), layout="constrained")
+    panels = figure.subplots(len(images), 1 + len(columns), squeeze=False)
+    for row, label, image in zip(range(len(images)), labels, pixels(suite, images), strict=True):
+        grey = image if image.ndim == 2 else image.mean(axis=-1)  # so that the map's colours are its own
+        panels[row, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
         panels[row, 0].set_ylabel(label, fontsize=8)
         for panel, one in zip(panels[row, 1:], columns.values(), strict=True):
-            panel.imshow(one[row].numpy(), cmap="inferno", vmin=0, vmax=max(float(one[row].max()), 1e-12))
+            panel.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            drawn = panel.imshow(one[row], cmap="inferno", vmin=0, vmax=most, alpha=0.65)
     for panel, name in zip(panels[0], ("image", *columns), strict=True):
-        panel.set_title(name, fontsize=8)
+        panel.set_title(name, fontsize=7)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, aspect=40, extend="max")
+    bar.set_label("attribution, times the image's mean", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return save_figure(figure, path)
 
 
@@ -190,13 +247,3 @@ def _examples(images: ImageSet, count: int) -> Tensor:
     """(count, C, H, W), evenly spread over the set, as sets are often sorted."""
     places = np.linspace(0, len(images) - 1, count + 2).round()[1:-1]
     return torch.stack([images.dataset[int(at)][0] for at in places])
-
-
-def _upsampled(found: Tensor, side: torch.Size) -> Tensor:
-    """Magnitudes of a split's maps (B, R, S) at the size of the images, each image's with a mean of 1.
-
-    So every split has the same say in the sum: A_j is a sum over channels, of which later splits have more.
-    """
-    magnitude = found.abs().double()
-    magnitude = magnitude / magnitude.mean(dim=(1, 2), keepdim=True).clamp_min(1e-300)
-    return F.interpolate(magnitude[:, None], size=side, mode="bilinear", align_corners=False)[:, 0]

@@ -17,7 +17,7 @@ from .evaluation import Failure
 from .files import markdown
 from .methods import Method
 from .suite import Suite
-from .table import AVERAGE, FPR_OPENOOD, FPR_PAPER, METRICS, RESAMPLES, Run, groups
+from .table import AVERAGE, DECISION, FPR_OPENOOD, FPR_PAPER, METRICS, RESAMPLES, Run, groups
 
 COSTS = {"forwards": "{:.2f}", "images/s": "{:.0f}", "peak MiB": "{:.1f}"}
 
@@ -26,13 +26,14 @@ def legend(runs: int) -> str:
     """What the columns mean, a line each."""
     spread = f"[ , ] or low, high: 95 % percentile bootstrap interval over images ({RESAMPLES} stratified resamples)."
     if runs > 1:
-        spread = f"+- or std: standard deviation over {runs} networks; values are means over them."
+        spread = f"+- or std: standard deviation over {runs} networks; values are means over them. {spread}"
     return f"""\
 AUROC to ID accuracy are percentages. ID = in-distribution, OOD = out-of-distribution. Averages weigh sets alike.
 {spread}
 ID accuracy: of the classes that the method itself predicts; some do so after changing the network's features.
 {FPR_OPENOOD}: share of ID images rejected when 95 % of the OOD images are caught; OOD is the positive class.
 {FPR_PAPER}: share of OOD images accepted when 95 % of the ID images are kept; ID is the positive class.
+{", ".join(DECISION)}: of test images, at the threshold that keeps 95 % of the validation ID images.
 AUPR-in, AUPR-out: area under the precision-recall curve with ID, OOD as the positive class.
 forwards: time of scoring a batch over that of a plain forward pass of it, in turn; median and quartiles.
 peak: most memory held beyond network and images; on a CPU that of torch's tensors, as operators leave them."""
@@ -47,7 +48,8 @@ def summary(frame: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     columns |= {("AUROC", s.name): short["AUROC", group.name, s.name] for group in found for s in group.sets}
     for metric in (FPR_OPENOOD, FPR_PAPER):
         columns |= {(metric, group.count): short[metric, group.name, AVERAGE] for group in found}
-    columns |= {(name, ""): short[name, found[0].name, AVERAGE] for name in ("ID accuracy", *COSTS)}
+    columns |= {(DECISION[1], group.count): short[DECISION[1], group.name, AVERAGE] for group in found}
+    columns |= {(name, ""): short[name, found[0].name, AVERAGE] for name in (DECISION[0], "ID accuracy", *COSTS)}
     return pd.DataFrame(columns).loc[frame["method"].unique()]
 
 
@@ -68,7 +70,7 @@ def full(frame: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     quartiles = (frame[f"forwards ({quartile})"].map("{:.2f}".format) for quartile in ("Q1", "Q3"))
     text["(Q1-Q3)"] = pd.Series(map("-".join, zip(*quartiles, strict=True))).where(frame["forwards"].notna(), "")
     costs = ["images/s", "peak MiB", "forwards", "(Q1-Q3)"]
-    return text[["group", "OOD set", "method", *METRICS.values(), "ID accuracy", *costs]]
+    return text[["group", "OOD set", "method", *METRICS.values(), *DECISION, "ID accuracy", *costs]]
 
 
 def _text(frame: pd.DataFrame, spread: bool = True) -> pd.DataFrame:
@@ -79,15 +81,18 @@ def _text(frame: pd.DataFrame, spread: bool = True) -> pd.DataFrame:
         value, *others = (frame[metric + end].map("{:.2f}".format) for end in ends)
         text[metric] = value
         if spread:
-            text[metric] += " +- " + others[0] if len(others) == 1 else " [" + others[0] + ", " + others[1] + "]"
-    for name, pattern in {"ID accuracy": "{:.2f}", **COSTS}.items():
+            *deviation, low, high = others
+            for std in deviation:  # of several networks
+                text[metric] += " +- " + std
+            text[metric] += " [" + low + ", " + high + "]"
+    for name, pattern in {**dict.fromkeys((*DECISION, "ID accuracy"), "{:.2f}"), **COSTS}.items():
         text[name] = ["" if pd.isna(value) else pattern.format(value) for value in frame[name]]
     return text
 
 
 def remarks(suite: Suite, failures: Sequence[Failure]) -> list[str]:
     """What is not in the tables, and why: a line each."""
-    lines = [f"Missing: {sentence}" for sentence in suite.missing]
+    lines = [*suite.notes, *(f"Missing: {sentence}" for sentence in suite.missing)]
     return lines + [f"No row for {failure.method}: {failure.reason}" for failure in failures]
 
 
@@ -152,6 +157,7 @@ def record(
         "data": suite.name,
         "protocol": suite.protocol,
         "missing": list(suite.missing),
+        "notes": list(suite.notes),
         "network": suite.network_name,
         "network_description": suite.network_description,
         "weights": [run.suite.weights for run in runs],

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from networks import SourceError, catalogue, checkpoints
-from networks.catalogue import Architecture, Input, Normalisation
+from networks.architecture import Architecture, Input, Normalisation
 from torch import nn
 
-from . import digits, image_files
-from .console import positive
-from .image_files import OodOption
+from . import digits, folders
+from .console import number, positive
+from .folders import OodOption
 from .image_lists import BENCHMARKS, PROTOCOLS, ImageLists
+from .reading import AS_OPENOOD, POLICIES, Reading
 from .suite import Suite, state_digest
 from .training import default_cache
 
@@ -23,54 +24,60 @@ RANDOM = "random"
 """Stands for weights that nobody trained."""
 SEED = "{seed}"
 """In a checkpoint's path, gives way to the seed."""
+SPLIT = (0.5, 0.2)
+"""Shares for training and for validation of ``--split``."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".npz")
 
 
 def trained_network(
-    options: argparse.Namespace,
-    name: str,
-    checkpoint: str,
-    seed: int,
-    classes: int,
-    default: Input | None,
-    or_more: bool = False,
+    options: argparse.Namespace, name: str, checkpoint: str | None, seed: int, classes: int, default: Input | None
 ) -> tuple[dict[str, Any], Input]:
     """What a suite tells of the network ``name``, and its input.
 
-    It has ``classes``, or more, ``or_more``, if its weights have more.
-    ``checkpoint`` is a file, or ``RANDOM``, or ``catalogue.DOWNLOAD``. What of the input neither the user's options nor
-    the network tell is that of ``default``, the data set's.
+    It has as many classes as its weights, or ``classes`` where these do not tell. ``checkpoint`` is a file, or
+    ``RANDOM``, or ``catalogue.DOWNLOAD``, or None for a network that comes with its own weights. What of the input
+    neither the user's options nor the network tell is that of ``default``, the data set's.
     """
-    found = classes
+    preset = catalogue.architecture(name)
     if checkpoint == catalogue.DOWNLOAD:
-        net, preset, weights = catalogue.downloaded(name)
-        found = checkpoints.classes(net, net.state_dict()) or classes
-        origin = f"weights {weights}"
+        net, preset, origin = catalogue.downloaded(name)
     else:
-        preset = catalogue.architecture(name)
-        net = _seeded(preset, classes, seed)
-        origin = f"random weights of seed {seed}"
-        if checkpoint != RANDOM:
+        net, origin = _seeded(preset, classes, seed), f"random weights of seed {seed}"
+        if preset.ready and checkpoint in (None, RANDOM):
+            origin = f"its own weights, from seed {seed}"
+        elif checkpoint not in (None, RANDOM):
             path = Path(checkpoint.replace(SEED, str(seed)))
             state = checkpoints.read(path)
             found = checkpoints.classes(net, state) or classes
             net = net if found == classes else _seeded(preset, found, seed)
             checkpoints.load(net, state, path, lambda: catalogue.on_meta(found))
             origin = f"weights of {path.name}"
-    if found < classes or (found > classes and not or_more):
-        raise SourceError(f"The network has {found} classes and the ID data {classes}: {name}, {origin}.")
     shape, normalisation = _input(options, name, preset.input, default)
     told = {
         "network": net.eval(),
         "network_name": name,
         "network_description": f"{preset.title}, {origin}",
         "weights": state_digest(net),
-        "classes": found,
+        "classes": _outputs(net, name, shape),
         "normalisation": normalisation,
         "paper_splits": tuple(preset.paper_splits(net)),
         "paper_feature": preset.paper_feature,
     }
     return told, shape
+
+
+def _outputs(net: nn.Module, name: str, shape: Input) -> int:
+    """How many classes the network tells apart, of one image in its size."""
+    try:
+        with torch.no_grad():
+            logits = net(torch.zeros(1, 3, shape.crop, shape.crop))
+    except Exception as error:  # a network of the user's own may fail in any way
+        raise SourceError(
+            f"{name} does not take images of {shape.crop} pixels (--size): {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise SourceError(f"{name} gives no logits (images, classes), but {getattr(logits, 'shape', type(logits))}.")
+    return logits.shape[1]
 
 
 def _input(
@@ -121,6 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--id", type=Path, metavar="DIR", help="for --data folders: ID images, in a subfolder for each class")
     ood = "further OOD sets: all images below DIR, or OpenOOD's list test_NAME.txt; default: far"
     add("--ood", nargs="+", type=OodOption.parse, default=[], metavar="[near:|far:]NAME[=DIR]", help=ood)
+    add("--train", type=Path, metavar="DIR", help="the same of images to fit on, which some methods need")
+    add("--val", type=Path, metavar="DIR", help="the same of images to set thresholds by; no test image among them")
+    shares = f"without --train: fit on these shares of the ID images of each class; alone: {SPLIT[0]} {SPLIT[1]}"
+    share = number(float, 0.0)
+    add("--split", nargs="*", type=share, metavar="SHARE", help=f"{shares}. TRAIN and VAL; the rest is the test set")
+    bad = "damaged image files: stop the run, skip the image, or have what is missing grey; default: %(default)s, "
+    add("--unreadable", choices=POLICIES, default=AS_OPENOOD.unreadable, help=bad + "which is OpenOOD's way")
+    turned = "turn pictures as their EXIF tags say; default: as they are stored, which is OpenOOD's way"
+    add("--exif", action="store_true", help=turned)
     names = ", ".join((*catalogue.ARCHITECTURES, *catalogue.PREFIXES))
     add("--network", metavar="NAME", help=f"one of {names}; default: OpenOOD's for the data")
     weights = f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
@@ -155,8 +171,8 @@ def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
 def _check(options: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
     if options.data == "digits":
-        for name in ("id", "ood", "network", "checkpoint", "size", "mean", "std"):
-            if getattr(options, name):
+        for name in ("id", "train", "val", "split", "exif", "ood", "network", "checkpoint", "size", "mean", "std"):
+            if getattr(options, name) not in (None, [], False):
                 raise SourceError(f"--{name} goes with other --data than digits, which brings its own.")
     elif options.data == "folders":
         if options.id is None or not options.ood:
@@ -164,8 +180,12 @@ def _check(options: argparse.Namespace) -> None:
         for option in options.ood:
             if option.folder is None:
                 raise SourceError(f"--ood {option.name}: --data folders needs NAME=DIR.")
-    elif options.id is not None:
-        raise SourceError(f"--id goes with --data folders; --data {options.data} brings its ID set.")
+        if options.split is not None and (options.train or options.val):
+            raise SourceError("--split takes images to fit on from --id; it does not go with --train or --val.")
+    else:
+        for name in ("id", "train", "val", "split"):
+            if getattr(options, name) is not None:
+                raise SourceError(f"--{name} goes with --data folders; --data {options.data} brings its ID sets.")
     names = [option.name for option in options.ood]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -180,9 +200,14 @@ def _check(options: argparse.Namespace) -> None:
 def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
     benchmark = BENCHMARKS[options.data]
     name = options.network or benchmark.network
-    checkpoint = options.checkpoint or checkpoint_beside(options.data_root, options.data, name)
+    checkpoint = options.checkpoint
+    if checkpoint is None and not catalogue.architecture(name).ready:
+        checkpoint = checkpoint_beside(options.data_root, options.data, name)
     network, shape = trained_network(options, name, checkpoint, seed, benchmark.classes, benchmark.input)
-    lists = ImageLists(options.data, options.data_root, shape, network["normalisation"])
+    if network["classes"] != benchmark.classes:
+        found = f"The network has {network['classes']} classes and the ID data {benchmark.classes}"
+        raise SourceError(f"{found}: {network['network_description']}.")
+    lists = ImageLists(options.data, options.data_root, shape, network["normalisation"], _reading(options))
     try:
         known = lists.in_distribution()
     except SourceError as error:
@@ -198,16 +223,46 @@ def _from_lists(options: argparse.Namespace, seed: int) -> Suite:
 
 
 def _from_folders(options: argparse.Namespace, seed: int) -> Suite:
-    if options.network is None or options.checkpoint is None:
-        raise SourceError("--data folders needs --network NAME and --checkpoint FILE.")
-    labels = image_files.classes_of(options.id)
-    numbered = all(name.isdecimal() for name in labels)
-    count = max(labels.values()) + 1
-    # Numbered folders may be some of the network's classes; others have to be all of them, in order.
-    network, shape = trained_network(options, options.network, options.checkpoint, seed, count, None, or_more=numbered)
-    pixels = shape, network["normalisation"]
-    known = image_files.id_set(options.id, labels, *pixels)
-    unknown = [image_files.folder_set(one.name, one.group or "far", one.folder, *pixels) for one in options.ood]
-    missing = tuple(f"{what} images: --data folders has none" for what in ("training", "validation"))
-    told = {"protocol": "folders of images", "missing": missing, **network}
-    return Suite("folders", in_distribution=known, out_of_distribution=tuple(unknown), **told)
+    if options.network is None:
+        raise SourceError("--data folders needs --network NAME.")
+    if options.checkpoint is None and not catalogue.architecture(options.network).ready:
+        raise SourceError(f"--data folders needs --checkpoint FILE for --network {options.network}.")
+    names = folders.classes_of(*((options.train, "--train") if options.train else (options.id, "--id")))
+    numbers = folders.indices(names)
+    count = max(numbers.values()) + 1 if numbers else len(names)
+    network, shape = trained_network(options, options.network, options.checkpoint, seed, count, None)
+    classes, note = folders.numbered(names, network["classes"])
+    pixels = shape, network["normalisation"], _reading(options)
+    unknown = [folders.folder_set(one.name, one.group or "far", one.folder, *pixels) for one in options.ood]
+    read = {
+        name: folders.class_set(f"--{name}", folder, classes, *pixels)
+        for name in ("id", "train", "val")
+        if (folder := getattr(options, name))
+    }
+    if options.split is not None:
+        read["train"], read["val"], read["id"] = folders.split(read["id"], _shares(options.split))
+    missing = {"train": "training images: --train DIR or --split", "val": "validation images: --val DIR or --split"}
+    left_out = (f"{images.name}: {images.description}" for images in (*read.values(), *unknown))
+    return Suite(
+        "folders",
+        in_distribution=read["id"],
+        out_of_distribution=tuple(unknown),
+        training=read.get("train"),
+        validation=(read["val"],) if "val" in read else None,
+        protocol="folders of images",
+        missing=tuple(sentence for name, sentence in missing.items() if name not in read),
+        notes=(note, *(sentence for sentence in left_out if "left out" in sentence)),
+        **network,
+    )
+
+
+def _shares(given: list[float]) -> tuple[float, float]:
+    """Of ``--split``: for training and for validation."""
+    if len(given) > 2 or sum(given) >= 1:
+        raise SourceError(f"--split {' '.join(map(str, given))}: expected up to two shares of less than 1 in all.")
+    train, val = (*given, *SPLIT[len(given) :])
+    return train, val
+
+
+def _reading(options: argparse.Namespace) -> Reading:
+    return Reading(options.unreadable, options.exif)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from networks.catalogue import Normalisation
+from networks import SourceError
+from networks.architecture import Normalisation
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from openood_sandi.runs import keys
+
+from .reading import Policy
+from .training import default_cache
 
 Group = Literal["ID", "near", "far"]
 
@@ -28,6 +36,21 @@ class ImageSet:
     description: str
     fingerprint: str
     """A hash of all that decides what is scored: the images, their order, their labels and their preprocessing."""
+    names: Sequence[str] = ()
+    """Of the images' files; none where they are not files."""
+    unreadable: Policy = "grey"
+    """What becomes of damaged files, see :class:`.reading.Reading`; their labels are :func:`marked`."""
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """:attr:`fingerprint` with what is in the files, if the images are files: all are read, if not known yet."""
+        dataset, chosen = self.dataset, []
+        while isinstance(dataset, Subset):
+            dataset, chosen = dataset.dataset, [*chosen, list(dataset.indices)]
+        known = getattr(dataset, "contents", None)
+        if isinstance(known, str):
+            return digest(known, chosen, self.fingerprint) if chosen else known
+        return keys.contents(self.dataset, default_cache(), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # Dataset itself does not promise a length
@@ -37,14 +60,54 @@ class ImageSet:
         if limit is None or limit >= len(self):
             return self
         chosen = [place * len(self) // limit for place in range(limit)]
-        fingerprint = digest(self.fingerprint, f"{limit} in equal steps")
-        return replace(self, dataset=Subset(self.dataset, chosen), fingerprint=fingerprint)
+        return replace(self.subset(chosen), fingerprint=digest(self.fingerprint, f"{limit} in equal steps"))
+
+    def subset(self, chosen: Sequence[int]) -> ImageSet:
+        """The images at these places; the fingerprint stays as it is."""
+        names = [self.names[place] for place in chosen] if self.names else ()
+        return replace(self, dataset=Subset(self.dataset, chosen), names=names)
 
     def loader(self, batch_size: int, workers: int = 0, collate: Callable[..., Any] | None = None) -> DataLoader[Any]:
         """Batches of images (B, C, H, W) and labels (B,) in the set's order, on the CPU."""
         # Its own generator, as it would draw seeds for its workers from the global one.
         own = torch.Generator()
         return DataLoader(self.dataset, batch_size, num_workers=workers, collate_fn=collate, generator=own)
+
+    def to_fit_on(self, batch_size: int, collate: Callable[..., Any] = default_collate) -> DataLoader[Any]:
+        """The batches without damaged images, or with them, as ``unreadable`` says; a method never sees their marks."""
+
+        def unmarked(items: list[tuple[Tensor, Tensor]]) -> Any:
+            kept = [(x, y) for x, y in items if self.unreadable == "grey" or not is_marked(y)]
+            if not kept:
+                raise SourceError(f"None of {len(items)} images in a row of {self.name} can be read.")
+            return collate([(x, marked(y) if is_marked(y) else y) for x, y in kept])
+
+        return self.loader(batch_size, collate=unmarked)
+
+    def without(self, damaged: npt.NDArray[np.bool_]) -> ImageSet:
+        """What there is a score of: all, or all but the damaged images, as ``unreadable`` says."""
+        if self.unreadable == "grey" or not damaged.any():
+            return self
+        return self.subset(np.flatnonzero(~damaged).tolist())
+
+    def told(self, damaged: npt.NDArray[np.bool_], shown: int = 5) -> str:
+        """A sentence about the damaged images, by name."""
+        names = [self.names[place] for place in np.flatnonzero(damaged).tolist()]
+        done = "left out" if self.unreadable == "skip" else "what they lack is grey"
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        return f"{self.name}: {len(names)} of {len(self)} images are damaged, {done}: {', '.join(names[:shown])}{more}"
+
+
+def marked(label: Any) -> Any:
+    """The label (-1 if OOD) of a damaged image: -2 and below, which tells of the damage wherever labels go.
+
+    Marked again it is what it was.
+    """
+    return -3 - label
+
+
+def is_marked(label: Any) -> Any:
+    return label < -1
 
 
 @dataclass(frozen=True)
@@ -64,10 +127,12 @@ class Suite:
     out_of_distribution: tuple[ImageSet, ...]
     training: ImageSet | None = None
     """ID images that the network was trained on, preprocessed as test images are."""
-    validation: tuple[ImageSet, ImageSet] | None = None
-    """ID and OOD images to choose options by; none of them is in a test set."""
+    validation: tuple[ImageSet, ...] | None = None
+    """ID and, after them, OOD images to choose options by; none of them is in a test set."""
     missing: tuple[str, ...] = ()
     """What was looked for and left out, one sentence each."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know of the images: how classes are numbered, which files are damaged."""
     protocol: str = ""
     """Whose choice the OOD sets are."""
     paper_splits: tuple[str, ...] = ()
@@ -91,22 +156,15 @@ class Suite:
             in_distribution=change(self.in_distribution),
             out_of_distribution=tuple(map(change, self.out_of_distribution)),
             training=change(self.training) if training and self.training else self.training,
-            validation=self.validation and (change(self.validation[0]), change(self.validation[1])),
+            validation=self.validation and tuple(map(change, self.validation)),
         )
 
 
-def digest(*parts: str | bytes | Tensor) -> str:
-    """The SHA-256, in hexadecimal, of texts, bytes and tensors in turn (which must not run into each other)."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        content = part.encode() if isinstance(part, str) else part
-        total.update(len(content).to_bytes(8, "big") + content)
-    return total.hexdigest()
+def digest(*parts: object) -> str:
+    """A digest of texts, tensors and whatever else in turn: see :func:`openood_sandi.runs.keys.state`."""
+    return keys.state({"parts": parts})
 
 
 def state_digest(network: nn.Module) -> str:
-    """The hash of the names and values of a network's parameters and buffers."""
-    return digest(*(part for item in network.state_dict().items() for part in item))
+    """A digest of the names and values of a network's parameters and buffers."""
+    return digest(network.state_dict())

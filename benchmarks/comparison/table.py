@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import pandas as pd
 
-from . import metrics
+from . import curves, metrics
 from .console import progress
 from .cost import Expense
 from .evaluation import Outcome
@@ -19,7 +19,9 @@ from .suite import ImageSet, Suite
 FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
 METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
-"""Columns of the metrics, in percent. Each has its spread beside it: ``low`` and ``high``, or ``std``."""
+"""Columns of the metrics, in percent. Beside each is its spread: ``low``, ``high`` and, of several runs, ``std``."""
+DECISION = ("ID lost at threshold", "OOD let in at threshold")
+"""Columns of what the fitted threshold does to test images, in percent."""
 AVERAGE = "average"
 """The name, as an OOD set, of the mean over a group's sets."""
 RESAMPLES = 1000
@@ -80,12 +82,12 @@ def groups(suite: Suite) -> list[OodGroup]:
 def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     """The table, in percent but for cost; rows by group, averages first, then by set and method.
 
-    With one run the spread is a 95 % bootstrap interval over images; with several, the mean over runs is given and
-    its spread is their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
+    Beside each metric are the ends of its 95 % bootstrap interval over images, and with several runs, whose mean is
+    given, their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
     rows = []
-    for name in progress(list(runs[0].outcomes), "metrics", "method"):
-        spreads = _intervals(runs[0], name, resamples) if len(runs) == 1 else _deviations(runs, name)
+    for name in progress(list(runs[0].outcomes), "metrics", "methods"):
+        spreads = _spreads(runs, name, resamples)
         costs = _costs(runs[0].outcomes[name].expense)
         for group in groups(runs[0].suite):
             counts = {AVERAGE: sum(map(len, group.sets)), **{images.name: len(images) for images in group.sets}}
@@ -112,34 +114,48 @@ def _averaged(suite: Suite, of: Callable[[ImageSet], Floats]) -> dict[Place, Flo
     return found
 
 
-def _intervals(run: Run, method: str, resamples: int) -> dict[Place, dict[str, float]]:
-    """Percentages of a run with their bootstrap intervals, by group and OOD set."""
-    outcome, suite = run.outcomes[method], run.suite
-    known = outcome.scored[suite.in_distribution.name]
-    id_draws = metrics.draws(len(known.scores), resamples, 0, 0)
-    strata = [images.name for group in groups(suite) for images in group.sets]
+def decisions(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
+    """(ID lost, OOD let in) in 0..1 at the threshold that keeps 95 % of the validation ID images; NaN without any."""
+    if not suite.validation or suite.validation[0].name not in outcome.scored:
+        return _averaged(suite, lambda _: np.full(2, np.nan))
+    fitted = outcome.scored[suite.validation[0].name].scores
+    threshold = curves.threshold(fitted)
+    lost = np.mean(outcome.scored[suite.in_distribution.name].scores > threshold)
+    return _averaged(suite, lambda images: np.array([lost, np.mean(outcome.scored[images.name].scores <= threshold)]))
 
-    def resampled(images: ImageSet) -> Floats:
-        ood_draws = metrics.draws(len(images), resamples, 0, 1 + strata.index(images.name))
-        return metrics.resampled(known.scores, outcome.scored[images.name].scores, id_draws, ood_draws)
 
-    spread = _averaged(suite, resampled)
+def _spreads(runs: Sequence[Run], method: str, resamples: int) -> dict[Place, dict[str, float]]:
+    """Percentages, means over runs, with their spreads, by group and OOD set."""
+    by_run = [point_metrics(run.outcomes[method], run.suite) for run in runs]
+    decided = [decisions(run.outcomes[method], run.suite) for run in runs]
+    resampled = [_resampled(run, method, resamples) for run in runs]
+    accuracies = [run.outcomes[method].scored[run.suite.in_distribution.name].accuracy for run in runs]
+    of_id = {"ID accuracy": 100 * float(np.mean(accuracies))}
+    if len(runs) > 1:
+        of_id["ID accuracy std"] = 100 * float(np.std(accuracies))
     found = {}
-    for place, values in point_metrics(outcome, suite).items():
-        low, high = np.percentile(spread[place], [2.5, 97.5], axis=0)
-        cells = _cells({"": values, " low": low, " high": high})
-        found[place] = {**cells, "ID accuracy": 100 * known.accuracy}
+    for place in by_run[0]:
+        values = np.stack([metrics[place] for metrics in by_run])
+        low, high = np.percentile(np.mean([drawn[place] for drawn in resampled], axis=0), [2.5, 97.5], axis=0)
+        deviation = {" std": values.std(axis=0)} if len(runs) > 1 else {}
+        decision = 100 * np.mean([one[place] for one in decided], axis=0)
+        cells = _cells({"": values.mean(axis=0), **deviation, " low": low, " high": high})
+        found[place] = {**cells, **dict(zip(DECISION, map(float, decision), strict=True)), **of_id}
     return found
 
 
-def _deviations(runs: Sequence[Run], method: str) -> dict[Place, dict[str, float]]:
-    """Percentages' means over runs with their standard deviations, by group and OOD set."""
-    accuracies = [run.outcomes[method].scored[run.suite.in_distribution.name].accuracy for run in runs]
-    of_id = {"ID accuracy": 100 * float(np.mean(accuracies)), "ID accuracy std": 100 * float(np.std(accuracies))}
-    by_run = [point_metrics(run.outcomes[method], run.suite) for run in runs]
-    values = {place: np.stack([found[place] for found in by_run]) for place in by_run[0]}
-    spread = {place: {"": found.mean(axis=0), " std": found.std(axis=0)} for place, found in values.items()}
-    return {place: {**_cells(ends), **of_id} for place, ends in spread.items()}
+def _resampled(run: Run, method: str, resamples: int) -> dict[Place, Floats]:
+    """Metrics (resamples, 5) of a run; every run and method sees the same draws of images."""
+    outcome, suite = run.outcomes[method], run.suite
+    known = outcome.scored[suite.in_distribution.name].scores
+    id_draws = metrics.draws(len(known), resamples, 0, 0)
+    strata = [images.name for group in groups(suite) for images in group.sets]
+
+    def of(images: ImageSet) -> Floats:
+        ood_draws = metrics.draws(len(images), resamples, 0, 1 + strata.index(images.name))
+        return metrics.resampled(known, outcome.scored[images.name].scores, id_draws, ood_draws)
+
+    return _averaged(suite, of)
 
 
 def _cells(values: Mapping[str, Floats]) -> dict[str, float]:

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import SourceError
+from . import SourceError, outside
+from .architecture import IMAGENET, Architecture, Input
 from .cifar import CifarResNet, WideResNet
 from .imagenet import BitResNet, MobileNetV2
+from .libraries import imported
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of pixels in 0..1, by channel."""
-IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a network takes: an image resized, cropped at its centre, and normalised."""
-
-    resize: int | tuple[int, int]
-    """Pixels of the shorter side; or height and width, which squeezes the image."""
-    crop: int
-    """Pixels of either side."""
-    normalisation: Normalisation | None = None
-    """None: that of the data set trained on."""
-    interpolation: str = "bilinear"
 
 
 SMALL = Input(32, 32)
 LARGE = Input(256, 224, IMAGENET)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What papers call a network, a function of the number of classes, and the input that it was trained on."""
-
-    title: str
-    make: Callable[[int], nn.Module]
-    input: Input | None
-    """None: the data set's."""
-    paper_splits: Callable[[nn.Module], list[str]] = lambda _: []
-    """Modules of such a network where the S&I paper splits it; none where it says nothing of its kind."""
-    paper_feature: str | None = None
-    """The paper's F of Eq. 12, by module name."""
 
 
 def norms(net: nn.Module, prefix: str = "") -> list[str]:
@@ -108,16 +76,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MobileNetV2 (batch norms folded)", MobileNetV2, Input(256, 224, ((128 / 255,) * 3, (128 / 255,) * 3))
     ),
 }
-PREFIXES = ("openood:NAME", "torchvision:NAME")
+PREFIXES = ("openood:NAME", "torchvision:NAME", "timm:NAME", "hf:DIR", "FILE.py:FACTORY")
 DOWNLOAD = "DEFAULT"
-"""Stands for torchvision's own weights, which are downloaded."""
+"""Stands for torchvision's or timm's own weights, which are downloaded."""
 
 
 def architecture(name: str) -> Architecture:
-    """The one of a name in ``ARCHITECTURES``, of OpenOOD's or of torchvision's; SourceError if there is none."""
-    family, _, rest = name.rpartition(":")
-    if family in ("openood", "torchvision"):
-        return _openood(rest) if family == "openood" else _torchvision(rest)
+    """The one of a name in ``ARCHITECTURES``, or of one of ``PREFIXES``; SourceError if there is none."""
+    family, _, rest = name.partition(":")
+    families = {
+        "openood": _openood,
+        "torchvision": _torchvision,
+        "timm": outside.timm_network,
+        "hf": outside.hugging_face_network,
+    }
+    if rest and family in families:
+        return families[family](rest)
+    file, _, factory = name.rpartition(":")
+    if file.endswith(".py"):
+        return outside.own_network(file, factory)
     if name not in ARCHITECTURES:
         raise SourceError(f"No network is called {name!r}; there are {', '.join((*ARCHITECTURES, *PREFIXES))}.")
     return ARCHITECTURES[name]
@@ -148,11 +125,13 @@ def _torchvision(name: str) -> Architecture:
     return Architecture(f"torchvision's {name}", lambda classes: models.get_model(name, num_classes=classes), LARGE)
 
 
-def downloaded(name: str) -> tuple[nn.Module, Architecture, Any]:
-    """Torchvision's network with its best weights, which are downloaded if need be, what it is, and their name."""
+def downloaded(name: str) -> tuple[nn.Module, Architecture, str]:
+    """The network with its library's best weights, which are downloaded if need be, what it is, and their name."""
+    if name.startswith("timm:"):
+        return outside.timm_trained(name[5:]), architecture(name), "timm's weights"
     weights = default_weights(name)
     net: nn.Module = imported("torchvision.models").get_model(name.rpartition(":")[2], weights=weights)
-    return net, replace(architecture(name), input=input_of(weights)), weights
+    return net, replace(architecture(name), input=input_of(weights)), f"weights {weights}"
 
 
 def default_weights(name: str) -> Any:
@@ -168,28 +147,6 @@ def input_of(weights: Any) -> Input:
     preset = weights.transforms()
     (resize,), (crop,) = preset.resize_size, preset.crop_size
     return Input(resize, crop, (tuple(preset.mean), tuple(preset.std)), preset.interpolation.value)
-
-
-def imported(module: str) -> Any:
-    """A module of OpenOOD or torchvision; SourceError if there is none."""
-    package = module.partition(".")[0]
-    try:
-        if package == "openood":
-            openood_importable()
-        return importlib.import_module(module)
-    except ImportError as error:
-        remedy = "let OPENOOD_HOME name a checkout, or " if package == "openood" else ""
-        raise SourceError(f"{package} cannot be imported ({error}): {remedy}pip install it.") from error
-
-
-def openood_importable() -> None:
-    """Let a checkout that ``$OPENOOD_HOME`` names be imported, without the packages that no benchmark needs of it."""
-    from openood_sandi import register
-
-    register()
-    home = os.environ.get("OPENOOD_HOME")
-    if home and home not in sys.path:
-        sys.path.append(home)  # last: a checkout has a package "tests" of its own
 
 
 def on_meta(classes: int) -> list[tuple[str, nn.Module]]:

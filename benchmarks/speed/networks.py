@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from networks.catalogue import ARCHITECTURES, NORMS, Architecture, norms
+from networks.architecture import Architecture
+from networks.catalogue import ARCHITECTURES, NORMS, norms
 from torch import Tensor, nn
 
 

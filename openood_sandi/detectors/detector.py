@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -178,18 +179,22 @@ class Detector(ABC):
 
     # ------------------------------------------------------------------ files
 
-    def save(self, file: str | Path) -> None:
+    def save(self, file: str | Path, notes: Mapping[str, str] | None = None) -> None:
         """Write options, what was learnt and the threshold, but not the network, to a safetensors file.
 
         With it go what tells the network from others, and the scores of a few seeded images, which :meth:`load`
         compares. Nothing in the file is ever executed.
+
+        Args:
+            file: where it is to be; what is there is replaced at once, or stays.
+            notes: whatever else the file should say, for its reader, such as how images were transformed.
 
         Raises:
             RuntimeError: the detector has not been fitted.
         """
         if self.threshold is None:
             raise RuntimeError("there is nothing to save yet: call fit first, or set threshold")
-        saved.save(self, file)
+        saved.save(self, file, notes or {})
 
     @classmethod
     def load(cls, file: str | Path, net: nn.Module, **others: Any) -> Any:
@@ -207,9 +212,10 @@ class Detector(ABC):
         return saved.load(cls, file, net, others)
 
     def __repr__(self) -> str:
-        told = {**self._told(), "threshold": self.threshold}
+        told = {name: repr(value) for name, value in {**self._told(), "threshold": self.threshold}.items()}
         told |= {name: _shape_of(getattr(self, name)) for name in self.fitted if self.threshold is not None}
-        return f"{type(self).__name__}({type(self.net).__name__}, {', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        options = ", ".join(f"{name}={value}" for name, value in told.items())
+        return f"{type(self).__name__}({type(self.net).__name__}, {options})"
 
     # ------------------------------------------------------------------ inside
 

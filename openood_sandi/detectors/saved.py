@@ -28,7 +28,7 @@ __all__ = ["Saved", "load", "read", "save"]
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = "openood-sandi detector 1"
+_HEAD, _FORMAT = "openood-sandi", "openood-sandi detector 1"
 _PROBES = 4
 #: Relative differences of the probe's scores up to here are rounding, such as another machine's.
 _ROUNDING = 1e-5
@@ -43,7 +43,7 @@ class Saved(NamedTuple):
     """What was learnt, and the scores of the probe."""
 
 
-def save(detector: Detector, file: str | Path) -> None:
+def save(detector: Detector, file: str | Path, notes: Mapping[str, str]) -> None:
     """Write ``detector``, which is fitted, as :meth:`.detector.Detector.save` says."""
     from safetensors.torch import save as in_safetensors
 
@@ -66,10 +66,11 @@ def save(detector: Detector, file: str | Path) -> None:
             "splits": detector.split_names,
             "network": _identity(detector.net),
             "torch": torch.__version__,
+            "notes": dict(notes),
         }
     )
-    metadata = {"format": _FORMAT, "about": about, "digest": _digest(about, tensors)}
-    replace(Path(file).expanduser(), in_safetensors(tensors, metadata))
+    head = json.dumps({"format": _FORMAT, "about": about, "digest": _digest(about, tensors)})
+    replace(Path(file).expanduser(), in_safetensors(tensors, {_HEAD: head}))  # one entry: several come in any order
 
 
 def read(file: str | Path) -> Saved:
@@ -86,18 +87,18 @@ def read(file: str | Path) -> Saved:
         pass
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+            head = json.loads((opened.metadata() or {}).get(_HEAD, "{}"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(
             f"{str(file)!r} is no safetensors file, or damaged ({error}); expected one of save()"
         ) from error
-    if metadata.get("format") != _FORMAT or "about" not in metadata:
-        what = f"says {metadata['format']!r}" if "format" in metadata else "is a safetensors file of something else"
+    if head.get("format") != _FORMAT:
+        what = f"says {head['format']!r}" if "format" in head else "is a safetensors file of something else"
         raise ValueError(f"{str(file)!r} {what}; expected {_FORMAT!r}, as a detector's save() writes it")
-    if metadata.get("digest") != _digest(metadata["about"], tensors):
+    if head["digest"] != _digest(head["about"], tensors):
         raise ValueError(f"{str(file)!r} is damaged: its content is not what was saved; save the detector again")
-    return Saved(json.loads(metadata["about"]), tensors)
+    return Saved(json.loads(head["about"]), tensors)
 
 
 def load(cls: Callable[..., Detector], file: str | Path, net: nn.Module, others: Mapping[str, Any]) -> Detector:

@@ -72,9 +72,8 @@ def sensitivity(net: nn.Module, layer: str, x: Tensor) -> Sensitivity:
 
 def _cut(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output of the module, as a variable, and the logits that were computed from it."""
-    name, _, number = layer.partition("#")
-    module = _module(net, name)
-    wanted = int(number) if number.isdecimal() else 1
+    name, _, number = layer.partition("#") if layer.partition("#")[2].isdecimal() else (layer, "", "1")
+    module, wanted = _module(net, name), int(number)
     found: list[Tensor] = []
     calls = 0
 
@@ -100,7 +99,7 @@ def _cut(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _module(net: nn.Module, name: str) -> nn.Module:
-    modules = dict(net.named_modules())
+    modules: dict[str, nn.Module] = dict(net.named_modules())
     if name not in modules or not name:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4) or [*modules][-4:]
         raise ValueError(f"layer={name!r}: the network has no module of that name; did you mean {' or '.join(near)}?")

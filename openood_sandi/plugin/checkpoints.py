@@ -8,13 +8,14 @@ warning, and this package's postprocessors refuse the network.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from openood_sandi.plugin.warning import warn
 
 __all__ = ["require_whole", "watched"]
 
@@ -48,7 +49,7 @@ def _misfits_noted(what: str) -> Iterator[None]:
             _misfits[self] = f"{what}: it has no {_some(missing)}" + (
                 f", but {_some(keys.unexpected_keys)}" if keys.unexpected_keys else ""
             )
-            warnings.warn(f"{_misfits[self]}. What is missing has random weights", stacklevel=3)
+            warn(f"{_misfits[self]}. What is missing has random weights", stacklevel=3)
         return keys
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]

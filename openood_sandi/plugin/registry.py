@@ -15,11 +15,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from openood_sandi.plugin.warning import warn
 
 if TYPE_CHECKING:
     from openood_sandi.detectors.info import DetectorInfo
@@ -30,6 +31,7 @@ GROUP = "openood.postprocessors"
 #: :mod:`openood_sandi.postprocessor` that is made of it. A literal, which setup.py reads without importing anything.
 DETECTORS = {
     "sandi": ("openood_sandi.detectors.sandi", "SandIPostprocessor"),
+    "sandi_c": ("openood_sandi.detectors.sandi.calibrated", "SandICPostprocessor"),
     "gaia": ("openood_sandi.detectors.gaia", "GAIAPostprocessor"),
     "gsc": ("openood_sandi.detectors.gsc", "GSCPostprocessor"),
     "prototype_fusion": ("openood_sandi.detectors.prototype_fusion", "PrototypeFusionPostprocessor"),
@@ -77,7 +79,7 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
     for entry in metadata.entry_points(group=GROUP):
         first = found.setdefault(entry.name, entry)
         if first.value != entry.value:
-            warnings.warn(
+            warn(
                 f"two packages offer the OpenOOD postprocessor {entry.name!r}: "
                 f"{first.value} is used, {entry.value} is left out",
                 stacklevel=2,
@@ -96,7 +98,7 @@ def _loaded() -> dict[str, Any]:
             loaded[name] = offered if callable(offered) else import_module(_POSTPROCESSORS).postprocessor_of(offered)
         except Exception as error:  # whatever another package's import raises must not stop OpenOOD
             loaded[name] = error
-            warnings.warn(
+            warn(
                 f"the OpenOOD postprocessor {name!r} ({entry.value}) is left out, as it does not load: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from openood_sandi import startup
 from openood_sandi.plugin import arguments, command_line, ood_csv, registry, scripts, settings, standins, without_gpu
+from openood_sandi.plugin.warning import warn
 
 if TYPE_CHECKING:
     from openood_sandi.detectors.info import DetectorInfo
@@ -35,7 +35,8 @@ def register(info: DetectorInfo | None = None) -> None:
 
     Needed only where Python does not read start-up files (``PYTHONPATH``, ``pip install --target``, ``python
     -S``), where ``OPENOOD_SANDI_DISABLE`` keeps them from acting, or for a detector that no installed package offers
-    by an entry point. Calling it again changes nothing.
+    by an entry point. Calling it again changes nothing, but for modules of OpenOOD that have been reloaded since, whose
+    seams it opens again.
 
     Args:
         info: a detector to offer, in this process, beside the installed ones. Its yml file is
@@ -82,19 +83,30 @@ def _find_elsewhere(fullname: str, path: Sequence[str] | None, target: ModuleTyp
 
 
 def open_seam(module: ModuleType) -> None:
-    """Change ``module`` if it is one of :data:`SEAMS` and not changed yet; a failure is a warning."""
+    """Change ``module`` if it is one of :data:`SEAMS` and not changed yet; a failure is a warning, never an error.
+
+    A module that was reloaded has its own functions again, while its namespace still has our mark: the mark is one of
+    the functions that we have put there.
+    """
     seam = SEAMS.get(module.__name__)
-    if seam is None or hasattr(module, "__openood_sandi__"):
+    if seam is None or _is_open(module):
         return
+    before = dict(vars(module))
     try:
         seam(module)
     except Exception as error:  # another version of OpenOOD must keep working by itself
-        warnings.warn(
+        warn(
             f"openood-sandi does not fit this OpenOOD: {module.__name__} at {module.__file__} "
             f"({type(error).__name__}: {error}); set {startup.SWITCH}=1 to keep it out",
             stacklevel=2,
         )
-    module.__openood_sandi__ = True  # type: ignore[attr-defined]
+    changed = [(name, value) for name, value in vars(module).items() if before.get(name) is not value]
+    module.__openood_sandi__ = changed  # type: ignore[attr-defined]
+
+
+def _is_open(module: ModuleType) -> bool:
+    marked = getattr(module, "__openood_sandi__", None)
+    return marked is not None and all(getattr(module, name, None) is value for name, value in marked)
 
 
 def _main_registry(module: ModuleType) -> None:

@@ -3,8 +3,9 @@
 A cache is a folder of ``<key>.<checksum>.npz`` files, flat, without pickle. The key stands for everything that decides
 the scores (weights, options, images, code), so scores made otherwise are never used. The checksum is that of the
 whole file. A file appears under its name when it is complete and on disk, never before; it is never changed, and it
-is removed only when another one holds what it held, or when its scores do not come out again: :meth:`Entry.void`. So a kill at any moment loses at most what was not written yet,
-several processes may share a folder without locks, and bytes that changed on disk are not mistaken for scores.
+is removed only when another one holds what it held, or when its scores do not come out again (:meth:`Entry.void`). So
+a kill at any moment loses at most what was not written yet, several processes may share a folder without locks, and
+bytes that changed on disk are not mistaken for scores.
 
 With the scores of images in files stands what is in these: :mod:`openood_sandi.runs.contents`. A batch is used only
 where the files still hold that. Sets of files with equal names share a key, and each has its own files here.
@@ -286,7 +287,7 @@ def _require_unpacked(file: Any, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     if sum(member.file_size for member in members) > size or any(member.compress_type for member in members):
-        raise ValueError(f"its arrays are compressed; expected {size} bytes of them at most, as this package writes them")
+        raise ValueError(f"its arrays are packed; expected {size} bytes of them at most, as this package writes them")
 
 
 def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
@@ -323,7 +324,9 @@ def _of_these_files(stored: Mapping[int, BatchScores], paths: Paths | None) -> d
     ends = np.cumsum([len(batch.contents) for batch in chosen.values()])[:-1]
     return {
         number: batch._replace(contents=records)
-        for (number, batch), whole, records in zip(chosen.items(), np.split(same, ends), np.split(now, ends), strict=True)
+        for (number, batch), whole, records in zip(
+            chosen.items(), np.split(same, ends), np.split(now, ends), strict=True
+        )
         if whole.all()
     }
 
@@ -331,7 +334,8 @@ def _of_these_files(stored: Mapping[int, BatchScores], paths: Paths | None) -> d
 def _is_same(stored: Mapping[int, BatchScores] | None, batches: Mapping[int, BatchScores]) -> bool:
     """Whether a file has these batches and no others, to the last bit, and says where the images' files are now."""
     return (
-        bool(stored)
+        stored is not None
+        and len(stored) > 0
         and stored.keys() == batches.keys()
         and all(
             batch.equals(batches[number]) and np.array_equal(batch.contents, batches[number].contents)

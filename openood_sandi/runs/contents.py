@@ -8,17 +8,27 @@ a copy elsewhere is the same image. A rerun so costs one look at each file.
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Subset
 
-__all__ = ["LARGEST", "RECORD", "UNKNOWN", "Records", "Refused", "file_of", "files_of", "look", "records", "same_file", "still_so"]
+from openood_sandi.runs.files import replace
+
+__all__ = [
+    *("LARGEST", "RECORD", "UNKNOWN", "Record", "Records", "Refused"),
+    *("file_of", "files_of", "look", "records", "remembered", "same_file", "still_so"),
+]
+
+_log = logging.getLogger(__name__)
 
 #: One image: what the file system says of its file, and 16 bytes of BLAKE2b of what is in it.
 RECORD = np.dtype(
@@ -119,7 +129,7 @@ def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_]
     seen = np.array([_seen(path) for path in paths], np.int64).reshape(-1, 4).view(np.uint64)
     known = np.stack([kept[name].view(np.uint64) for name in ("device", "inode", "size", "changed")], 1)
     same = (seen == known).all(1)
-    for place in np.flatnonzero(~same):
+    for place in np.flatnonzero(~same).tolist():
         try:
             now[place] = look(paths[place])
         except (OSError, ValueError):  # the image is scored again, and that says what is wrong
@@ -128,11 +138,41 @@ def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_]
     return bytes_known & (now["low"] == kept["low"]) & (now["high"] == kept["high"]), now
 
 
+def remembered(paths: Sequence[str], folder: Path) -> Records:
+    """Records of files (n,); those that are not known from an earlier time, in ``folder``, are read.
+
+    Raises:
+        OSError, Refused: one cannot be read.
+    """
+    if not paths:
+        return records(())
+    memory = folder / "contents.npy"
+    known = {row[:4]: row for row in _memory(memory)}
+    found = [known.get(_seen(path)) or look(path) for path in paths]
+    if any(row[:4] not in known for row in found):
+        known |= {row[:4]: row for row in found if row[3] >= 0}
+        buffer = io.BytesIO()
+        np.save(buffer, records(known.values()))
+        try:
+            replace(memory, buffer.getvalue())
+        except OSError as error:
+            _log.info("what is in images' files is not remembered: %s", error)
+    return records(found)
+
+
+def _memory(file: Path) -> list[Record]:
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # there is none, or it is damaged: files are read again
+        return []
+    return found.tolist() if found.dtype == RECORD and found.ndim == 1 else []
+
+
 def _checked(path: str, found: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
-        raise Refused(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}; expected an image file")
+        raise Refused(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}; expected an image file")
     if found.st_size > LARGEST:
-        raise Refused(f"it has {found.st_size} bytes; expected an image file of {LARGEST} at most")
+        raise Refused(f"{path} has {found.st_size} bytes; expected an image file of {LARGEST} at most")
     return found
 
 

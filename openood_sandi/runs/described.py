@@ -16,7 +16,7 @@ import re
 import types
 import typing
 from collections import deque
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import PurePath
 from typing import Any
 
@@ -44,7 +44,14 @@ _OF_CLASSES = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__hash__", "__classcell__"),
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__"),
     *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__"),
-    *("__orig_bases__", "__type_params__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"),
+    *(
+        "__slotnames__",
+        "__orig_bases__",
+        "__type_params__",
+        "__dataclass_fields__",
+        "__dataclass_params__",
+        "__match_args__",
+    ),
 }
 #: The bytes of an object without slots, its references to attributes and to weak references counted.
 _BARE = 32
@@ -116,7 +123,7 @@ class _Description:
         if isinstance(value, logging.Logger):
             return "logger", value.name
         if isinstance(value, _GETTERS):
-            return type(value).__name__, self.of(value.__reduce__()[1:])  # type: ignore[union-attr]
+            return type(value).__name__, self.of(value.__reduce__()[1:])
         if isinstance(value, functools.partial):
             return "partial", self.of([value.func, value.args, value.keywords])
         if isinstance(value, types.MethodType):
@@ -195,12 +202,12 @@ class _Description:
             return "cached", self.of(value.__wrapped__)
         return None
 
-    def _once(self, value: Any, describe: Any) -> object:
+    def _once(self, value: Any, describe: Callable[[Any], object]) -> object:
         """The first time in full, then by its number in the walk: functions and classes refer to each other."""
         if id(value) in self._met:
             return "as", self._met[id(value)][0]
         self._met[id(value)] = len(self._met), value
-        return describe(value)  # type: ignore[no-any-return]
+        return describe(value)
 
     def _from(self, module: str | None) -> None:
         if module is not None:
@@ -286,4 +293,4 @@ def _tensor(value: Tensor) -> str:
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     except (RuntimeError, NotImplementedError, TypeError) as error:  # meta, sparse, quantised
         raise Indescribable(f"a tensor of {value.dtype}, {value.layout} on {value.device} has no bytes") from error
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()

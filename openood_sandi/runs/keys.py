@@ -14,17 +14,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from openood_sandi.runs import settings, sources
-from openood_sandi.runs.contents import files_of
+from openood_sandi.runs import settings
+from openood_sandi.runs import sources as modules
+from openood_sandi.runs.contents import files_of, remembered
 from openood_sandi.runs.described import Indescribable, digest
 
-__all__ = ["Indescribable", "arithmetic", "code", "images", "network", "score_key", "state"]
+__all__ = ["Indescribable", "arithmetic", "code", "contents", "images", "network", "score_key", "sources", "state"]
 
 arithmetic = settings.arithmetic
 #: Attributes of an ``ImglistDataset`` that say where the images are, or what people call them.
@@ -76,6 +77,25 @@ def images(dataset: Any) -> str:
     return digest(_dataset(dataset))
 
 
+def contents(dataset: Any, folder: str | os.PathLike[str], *others: object) -> str:
+    """Digest of ``others`` and of what is in the files that the items of a data set are, all of which are read.
+
+    Args:
+        dataset: without files only ``others`` tell.
+        folder: where it is remembered what is in them, so that the next time costs one look at each.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    found = remembered(files_of(dataset) or [], Path(folder))
+    return digest(*others, found["low"], found["high"])
+
+
+def sources(*names: str) -> str:
+    """Digest of the source files of modules and of all that they import, libraries by version."""
+    return digest(modules.closure(names))
+
+
 def state(values: Mapping[str, object]) -> str:
     """Digest of named values: numbers, strings, tensors, functions, classes, networks, containers and objects of them.
 
@@ -87,7 +107,7 @@ def state(values: Mapping[str, object]) -> str:
 
 def code() -> str:
     """Digest of this package's source files and of the versions of Python, torch and what reads images."""
-    return digest(sys.version, [(name, sources.version(name)) for name in sources.ALWAYS], sources.package_files())
+    return digest(sys.version, [(name, modules.version(name)) for name in modules.ALWAYS], modules.package_files())
 
 
 def _shown(value: object) -> str:
@@ -126,7 +146,9 @@ def _below(value: Any, folder: str) -> Any:
     """``value`` with names of files as they are below ``folder``."""
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        return text.removeprefix(folder) if os.path.join(text, "") != folder else "the folder"
+        if text.startswith(folder):
+            return text[len(folder) :]
+        return "the folder" if len(text) == len(folder) - 1 and folder.startswith(text) else value
     if type(value) in (list, tuple):
         return type(value)(_below(item, folder) for item in value)
     return value

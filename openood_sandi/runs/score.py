@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from openood_sandi.runs import canary, keys, ranks
+from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.batches import is_fixed, order_of, share_of, some_of
 from openood_sandi.runs.cache import BatchScores, Entry, ScoreCache
+from openood_sandi.runs.canary import sing
 from openood_sandi.runs.contents import files_of
 from openood_sandi.runs.unreadable import Batch, name_without_score, record
 
@@ -43,6 +44,7 @@ def score_dataset(
     key: Mapping[str, object] | None = None,
     cache: ScoreCache | None = None,
     unreadable: str = "stop",
+    canary: bool = True,
     progress: bool | str = True,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Score every image of a loader.
@@ -67,6 +69,7 @@ def score_dataset(
             used, and a warning names the files.
         unreadable: "stop" at an image that cannot be read, or "skip" it: it is then missing in the results, and named
             in the log and, with ``cache``, in a file beside the scores. For a plain ``DataLoader`` only.
+        canary: whether to do so; it needs ``score`` even where nothing is left to be scored.
         progress: show a progress bar, on rank 0 and with tqdm installed; a string is its title, and the data set's name
             in messages.
 
@@ -83,11 +86,11 @@ def score_dataset(
     title = progress if isinstance(progress, str) else ""
     entry = None
     if cache is not None and (whole := _whole(key, loader, order, device, unreadable, title)) is not None:
-        entry = cache.entry(ranks.broadcast("key", whole), _paths(loader.dataset, order or []))
-    known = _known(_task(key, order), entry)
+        entry = cache.entry(ranks.broadcast("key", whole), _paths(loader, order or []))
+    known = _known(_task(key, order, device), entry)
     sung = False
-    if known and order is not None:
-        sung = canary.sing(known, lambda numbers: _again(score, loader, order, numbers, device, unreadable), entry)
+    if canary and known and order is not None:
+        sung = sing(known, lambda numbers: _again(score, loader, order, numbers, device, unreadable), entry)
 
     started = time.monotonic()
     mine = _Mine(entry)
@@ -155,9 +158,10 @@ def _known(task: Mapping[str, object], entry: Entry | None) -> dict[int, BatchSc
     return known
 
 
-def _task(key: Mapping[str, object] | None, order: list[Any] | None) -> dict[str, object]:
+def _task(key: Mapping[str, object] | None, order: list[Any] | None, device: torch.device) -> dict[str, object]:
     """What a rank is about to do."""
-    return {**(key or {}), "order": _digest(order)}
+    shared = {"code": keys.code(), "arithmetic": keys.arithmetic(device)} if ranks.world_size() > 1 else {}
+    return {**(key or {}), **shared, "order": _digest(order)}
 
 
 def _require_same(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
@@ -248,9 +252,9 @@ def _on_host(values: Tensor) -> npt.NDArray[Any]:
 # ---------------------------------------------------------------------- the cache
 
 
-def _paths(dataset: Any, order: list[Any]) -> dict[int, list[str]] | None:
+def _paths(loader: Any, order: list[Any]) -> dict[int, list[str]] | None:
     """{number of the batch: its images' files}, None if the images are no files."""
-    files = files_of(dataset)
+    files = files_of(loader.dataset)
     if files is None:
         return None
     return {number: [files[int(index)] for index in indices] for number, indices in enumerate(order)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.nn.modules import module as of_all_modules
 
 __all__ = ["arithmetic", "global_hooks"]
 
-_backends = torch.backends
+_backends: Any = torch.backends
 _READ: Mapping[str, Callable[[], object]] = {
     "default dtype": lambda: torch.get_default_dtype(),
     "default device": lambda: torch.get_default_device(),

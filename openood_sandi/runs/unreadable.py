@@ -14,7 +14,6 @@ import ast
 import copy
 import errno
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

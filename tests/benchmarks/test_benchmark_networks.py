@@ -112,9 +112,12 @@ def test_torchvisions_weights_bring_their_input() -> None:
         assert torch.equal(transform(shape, shape.normalisation)(image), weights.transforms()(image))
 
 
-@pytest.mark.parametrize("name", ["resnet19", "torchvision:resnet19", "openood:resnet19", "timm:resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet19", "torchvision:resnet19", "openood:resnet19", "timm:resnet5", "hf:nowhere", "nowhere.py:make"],
+)
 def test_unknown_networks_are_refused(name: str) -> None:
-    with pytest.raises(SourceError, match=r"resnet19|openood|timm:resnet50"):
+    with pytest.raises(SourceError, match=r"resnet19|openood|nowhere|timm has no network 'resnet5'"):
         catalogue.architecture(name).make(10)
 
 

@@ -84,6 +84,7 @@ def test_what_decides_the_scores_is_in_the_options() -> None:
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_scores_and_leaves_everything_as_found() -> None:
     suite = tiny_suite.suite(paper_splits=("stage3.bn2",), paper_feature="stage3")
     suite.network.requires_grad_(True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
+for module in ("adjustText", "matplotlib", "pandas", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 
 import pandas as pd
 from comparison import leaderboard, metrics, pictures, report
-from comparison.evaluation import Failure
+from comparison.evaluation import Failure, Scored
 from comparison.metrics import detection
-from comparison.table import FPR_OPENOOD, FPR_PAPER, METRICS, results
+from comparison.table import DECISION, FPR_OPENOOD, FPR_PAPER, METRICS, Run, results
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from tests.helpers.known_scores import ABOUT, COUNTS, GROUPS, outcome, run
@@ -68,8 +71,27 @@ def test_several_networks_give_mean_and_standard_deviation() -> None:
     ]
     assert frame.loc[("near", "tin"), "AUROC"] == pytest.approx(np.mean(values))
     assert frame.loc[("near", "tin"), "AUROC std"] == pytest.approx(np.std(values))
-    assert not [column for column in frame.columns if column.endswith(("low", "high"))]
-    assert f"{np.mean(values):.2f} +- {np.std(values):.2f}" in report.screen(frame.reset_index(), runs[0].suite)
+    low, high = (frame.loc[("near", "tin"), f"AUROC {end}"] for end in ("low", "high"))
+    one = results(runs[:1]).set_index(["group", "OOD set"]).loc[("near", "tin")]
+    assert low < np.mean(values) < high
+    assert high - low < one["AUROC high"] - one["AUROC low"], "of the mean over networks"
+    assert f"{np.mean(values):.2f} +- {np.std(values):.2f} [{low:.2f}, {high:.2f}]" in report.screen(
+        frame.reset_index(), runs[0].suite
+    )
+
+
+def test_decisions_are_those_of_a_threshold_on_validation_images() -> None:
+    known = run(outcome("a", 0))
+    assert results([known], resamples=3)[list(DECISION)].isna().all(axis=None), "there are no validation images"
+    scored = dict(known.outcomes["a"].scored)
+    scored["known"] = Scored(*(np.zeros(40, dtype=np.int64),) * 2, np.arange(40.0))
+    scored["tin"] = Scored(*(np.zeros(30, dtype=np.int64),) * 2, np.arange(30.0) + 15)
+    scored["val"] = Scored(*(np.zeros(20, dtype=np.int64),) * 2, np.arange(20.0))  # 19 of them are at most 18
+    suite = replace(known.suite, validation=(replace(known.suite.in_distribution, name="val"),))
+    run_ = replace(known, suite=suite, outcomes={"a": replace(known.outcomes["a"], scored=scored)})
+    row = results([run_], resamples=3).set_index("OOD set").loc["tin"]
+    assert row["ID lost at threshold"] == pytest.approx(100 * 21 / 40)
+    assert row["OOD let in at threshold"] == pytest.approx(100 * 4 / 30)
 
 
 # ---------------------------------------------------------------- tables
@@ -96,7 +118,8 @@ def test_csv_and_json_hold_the_table_at_full_precision(tmp_path: Path) -> None:
     report.write(tmp_path, frame, [known], [], ABOUT)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), frame)
     record = pd.read_json(tmp_path / "results.json", typ="series", precise_float=True)
-    pd.testing.assert_frame_equal(pd.DataFrame(record["results"]), frame)
+    read = pd.DataFrame(record["results"]).astype(frame.dtypes.to_dict())  # a column of nulls has no type
+    pd.testing.assert_frame_equal(read, frame)
     assert record["methods"][0]["options"] == {"variant": "Z"}
     assert record["sets"][1] == {
         "name": "tin",
@@ -167,14 +190,67 @@ def test_an_incomplete_bundle_is_not_for_submission(
 # ---------------------------------------------------------------- pictures
 
 
+def many() -> Run:
+    found = [outcome(f"method-{at}", at, forwards=1 + at % 3 / 50) for at in range(20)]
+    return run(outcome("msp", 30, title="MSP"), outcome("sandi-z", 31, forwards=5, title="S&I-Z"), *found)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+@pytest.mark.slow
 def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
-    names = [f"method-{at}" for at in range(20)]
-    found = [outcome(name, at, forwards=1 + at % 3 / 50) for at, name in enumerate(names)]
-    known = run(outcome("msp", 30), outcome("sandi-z", 31, forwards=5), *found, missing=MISSING)
+    known = many()
     paths = pictures.draw(tmp_path, results([known], resamples=2), known)
     paths.append(pictures.heat_maps(tmp_path / "heat_maps.png", known.suite, torch.device("cpu")))
     assert [path.name for path in paths] == ["histograms.png", "roc.png", "cost_auroc.png", "heat_maps.png"]
     for path in paths:
-        assert 5_000 < path.stat().st_size < 200_000
+        assert 5_000 < path.stat().st_size < 300_000
         with Image.open(path) as image:
             assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_every_method_is_in_the_grid_and_legends_have_the_auroc_by_the_tables_names() -> None:
+    known = many()
+    frame = results([known], resamples=2)
+    auroc = frame.set_index(["method", "OOD set"])["AUROC"]
+    grid = texts(pictures.histograms(frame, known))
+    for name in known.outcomes:
+        assert name in grid
+        assert all(f"{auroc[name, place]:.1f}" in grid for place in GROUPS)
+    labels = texts(pictures.roc_curves(frame, known))
+    assert all(
+        f"{name} {auroc[name, place]:.1f}" in labels for name in ("msp", "sandi-z", "method-3") for place in GROUPS
+    )
+    assert "ID images lost, % (14 more methods in report.html)" in labels
+    assert not {"MSP", "S&I-Z"} & {*grid, *labels}
+
+
+def test_labels_of_costs_do_not_collide_and_points_have_their_spread() -> None:
+    known = many()
+    frame = results([known], resamples=20)
+    figure = pictures.cost_against_auroc(frame, known)
+    figure.canvas.draw()
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts if text.get_text() in known.outcomes]
+        assert len(boxes) == len(known.outcomes)
+        assert not [(one, other) for one, other in combinations(boxes, 2) if one.overlaps(other)]
+    rows = frame[(frame["group"] == "near") & (frame["OOD set"] == "average")].set_index("method")
+    bars = [bar for container in figure.axes[0].containers for bar in container.lines[2]]
+    ends = {tuple(np.round(np.ptp(bar.get_segments()[0], axis=0), 6)) for bar in bars}
+    row = rows.loc["sandi-z"]
+    assert (round(row["forwards (Q3)"] - row["forwards (Q1)"], 6), 0.0) in ends
+    assert (0.0, round(row["AUROC high"] - row["AUROC low"], 6)) in ends
+
+
+def test_heat_maps_lie_over_the_images_with_a_colour_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    pictures.heat_maps(tmp_path / "x.png", many().suite, torch.device("cpu"))
+    panels = [panel for panel in drawn[0].axes if panel.images]
+    over = [panel.images for panel in panels if len(panel.images) == 2]
+    assert len(over) == len(panels) - 5  # the images alone: two ID, three OOD
+    assert {(image.get_cmap().name, map_.get_cmap().name) for image, map_ in over} == {("gray", "inferno")}
+    assert len({map_.get_clim() for _, map_ in over}) == 1  # one scale, that of the bar
+    assert "attribution, times the image's mean" in [panel.get_ylabel() for panel in drawn[0].axes]

@@ -26,7 +26,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 import comparison
 import pandas as pd
 import side_by_side
-from comparison import cost, digits, evaluation, methods, training
+from comparison import cost, digits, environment, evaluation, methods, training
 from comparison.metrics import detection
 from comparison.suite import Suite
 from comparison.table import FPR_OPENOOD, FPR_PAPER
@@ -163,6 +163,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 OURS = ["--methods", "gaia-z", "sandi-z", "sandi-a"]
 
 
+@pytest.mark.slow
 def test_a_small_run_end_to_end(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert side_by_side.main([*quick, *OURS, "--seeds", "3", "--out", str(out)]) == 0
@@ -220,7 +221,8 @@ def test_a_finished_run_is_reported_again_byte_for_byte_without_scoring(
     assert set(scored) == set(OURS[1:])
     scored.clear()
     assert side_by_side.main(arguments) == 0
-    assert not scored
+    assert max(scored.values()) <= 2  # the first batch and one drawn at random, of one set
+    scored.clear()
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert side_by_side.main([*arguments, "--batch-size", "20"]) == 0  # decides scores, if by rounding only
     assert set(scored) == set(OURS[1:])
@@ -253,9 +255,9 @@ def test_an_interrupted_run_keeps_what_is_finished(
     finished = scored.copy()
     scored.clear()
     assert side_by_side.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert scored["gaia-z"] == 0 and scored["sandi-a"] == whole["sandi-a"]
-    # The batch it was interrupted in, and one that its study of the network begins with.
-    assert scored["sandi-z"] + finished["sandi-z"] <= whole["sandi-z"] + 2
+    assert scored["gaia-z"] <= 2 and scored["sandi-a"] == whole["sandi-a"]
+    # The batch it was interrupted in, one that its study of the network begins with, and a canary with the same.
+    assert scored["sandi-z"] + finished["sandi-z"] <= whole["sandi-z"] + 4
     tables = [(tmp_path / folder / "results.csv").read_bytes() for folder in ("whole", "out")]
     assert tables[0] == tables[1]
 
@@ -349,12 +351,33 @@ def test_a_wrong_method_is_refused_with_a_suggestion(quick: list[str], capsys: p
     assert "did you mean sandi-z?" in capsys.readouterr().err
 
 
+def test_methods_go_by_their_titles_too(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*quick, "--no-cost", "--no-pictures", "--out", str(tmp_path)]
+    assert side_by_side.main([*arguments, "--methods", "Energy", "s&i-z, union", "GAIA-Z"]) == 0
+    assert set(pd.read_csv(tmp_path / "results.csv")["method"]) == {"ebo", "sandi-z-union", "gaia-z"}
+    with pytest.raises(SystemExit):
+        side_by_side.main([*arguments, "--methods", "Prototype Fussion"])
+    assert "did you mean prototype_fusion?" in capsys.readouterr().err
+
+
+def test_a_small_network_runs_on_one_thread_if_that_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for seconds, chosen in (({4: 2.0, 1: 1.0}, 1), ({4: 1.0, 1: 3.0}, 4)):
+        threads[:] = [4]
+        monkeypatch.setattr("timeit.repeat", lambda *_, seconds=seconds, **__: [seconds[threads[-1]]])
+        environment.on_quickest_threads(nn.Identity(), torch.zeros(1))
+        assert threads[-1] == chosen
+
+
 def test_data_that_are_not_there_are_told(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         side_by_side.main([*quick, "--data", "cifar10", "--data-root", str(tmp_path), "--checkpoint", "random"])
     assert f"{tmp_path}/benchmark_imglist/cifar10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_its_path(tmp_path: Path) -> None:
     run = [sys.executable, str(BENCHMARKS / "side_by_side.py"), "--help"]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import threading
@@ -74,24 +73,30 @@ def test_a_clip_that_no_value_reaches_could_not_fail() -> None:
     assert any(read(net, x, 0.5, 1).shares != read(net, x, math.inf, 1).shares for x in SEEN)
 
 
-@pytest.mark.parametrize("name", ["m", "d", "z", "f"])
-def test_each_quantity_is_that_of_the_definition(name: str) -> None:
+@pytest.mark.parametrize(("key", "name"), [("m", "max_logit"), ("d", "d"), ("z", "z"), ("f", "fdbd")])
+def test_each_quantity_is_that_of_the_definition(key: str, name: str) -> None:
     net = made(lambda: Staged(F.relu))
     reference = Reference(net, (0, 1, 2)).fit(TRAINING, LABELS.tolist(), VAL)
     detector = fitted(net, use_z="always")
-    expected = [reference.values(reference.read(image))[name] for image in SEEN]
+    expected = [reference.values(reference.read(image))[key] for image in SEEN]
     torch.testing.assert_close(detector._values(detector._summary(SEEN))[name].tolist(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(detector.statistics[name].tolist(), list(reference.statistics[name]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        detector.statistics[name].tolist(), list(reference.statistics[key]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_gates_of_one_position_do_not_count() -> None:
     net = made(lambda: Staged(F.relu, gate=True))
-    assert_agrees(fitted(net, use_z="always"), Reference(net, (0, 1, 2)).fit(TRAINING, LABELS.tolist(), VAL), use_z=True)
+    assert_agrees(
+        fitted(net, use_z="always"), Reference(net, (0, 1, 2)).fit(TRAINING, LABELS.tolist(), VAL), use_z=True
+    )
 
 
 def test_an_activation_that_is_called_twice_counts_twice() -> None:
     net = made(lambda: Staged(nn.ReLU(), twice=True))
-    assert_agrees(fitted(net, use_z="always"), Reference(net, (1, 3, 5)).fit(TRAINING, LABELS.tolist(), VAL), use_z=True)
+    assert_agrees(
+        fitted(net, use_z="always"), Reference(net, (1, 3, 5)).fit(TRAINING, LABELS.tolist(), VAL), use_z=True
+    )
 
 
 @pytest.mark.parametrize(("depth", "ends"), [(1, (0,)), (2, (0, 1)), (4, (1, 2, 3)), (6, (1, 3, 5))])
@@ -134,6 +139,23 @@ def test_other_bases(base: str) -> None:
         values = reference.values
         reference.values = lambda r: {**values(r), "m": -math.log(sum(map(math.exp, r.logits)))}  # type: ignore[method-assign]
     assert_agrees(fitted(net, base=base), reference.fit(TRAINING, LABELS.tolist(), VAL))
+    net.linear = True
+
+
+def test_options_other_than_stages_need_no_other_fit() -> None:
+    net = made(lambda: Staged(F.relu))
+    first = fitted(net)
+    for options in ({"base": "energy"}, {"base": "max_logit", "gate": 0.5}, {"use_z": "always"}):
+        other = SandIC(net, **options)
+        for name in SandIC.fitted:
+            setattr(other, name, getattr(first, name))
+        assert torch.equal(other(SEEN)[1], fitted(net, **options)(SEEN)[1])
+    other = SandIC(net, stages="last_2")
+    other.prototypes, other.feature_mean, other.statistics = first.prototypes, first.feature_mean, first.statistics
+    with pytest.raises(
+        RuntimeError, match="prototypes are of stage1, stage2, stage3, expected those of stage2, stage3"
+    ):
+        other(SEEN)
 
 
 def test_the_floor_keeps_overconfident_logits_from_outweighing_the_densities() -> None:
@@ -177,7 +199,9 @@ def test_the_order_of_images_does_not_matter() -> None:
     torch.testing.assert_close(one(SEEN)[1], other(SEEN)[1], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("labels", [torch.full((24,), -1), torch.arange(24) % 12 - 8, torch.zeros(24, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "labels", [torch.full((24,), -1), torch.arange(24) % 12 - 8, torch.zeros(24, dtype=torch.int64)]
+)
 def test_without_enough_labels_there_is_one_prototype_a_layer(labels: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     net = made(lambda: Staged(F.relu))
     detector = fitted(net, labels)
@@ -231,9 +255,9 @@ def test_a_label_of_no_class_is_refused() -> None:
 def test_a_constant_quantity_tells_nothing() -> None:
     net = made(lambda: Staged(F.relu))
     detector = SandIC(net).fit([(TRAINING, LABELS)], val=VAL[:1].repeat(60, 1, 1, 1))
-    assert detector.statistics["m"][1] == 1 and detector(SEEN)[1].isfinite().all()
+    assert detector.statistics["max_logit"][1] == 1 and detector(SEEN)[1].isfinite().all()
     two = SandIC(net).fit([(TRAINING, LABELS)], val=VAL[:2])  # where m^ + f^ is 0 or +-2, but for rounding
-    assert two.statistics["b"][1] >= 1
+    assert two.statistics["max_logit+fdbd"][1] >= 1
 
 
 def test_a_second_fit_forgets_the_first() -> None:
@@ -254,7 +278,7 @@ def test_a_second_fit_forgets_the_first() -> None:
         ({"use_z": True}, "use_z=True: expected one of 'auto', 'always', 'never'"),
         ({"gate": -1}, "gate=-1: expected a positive number"),
         ({"gate": math.nan}, "gate=nan: expected a positive number"),
-        ({"stages": ""}, 'stages=\'\': expected "last_3"'),
+        ({"stages": ""}, "stages='': expected \"last_3\""),
         ({"stages": []}, r"stages=\[\]"),
     ],
 )
@@ -270,7 +294,7 @@ def test_an_unknown_stage_is_refused_with_near_names() -> None:
 
 def test_a_network_without_activations_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.ReLU(), nn.Linear(4, CLASSES))
-    with pytest.raises(ValueError, match="calls no activation .* on maps of more than one position"):
+    with pytest.raises(ValueError, match=r"calls no activation .* on maps of more than one position"):
         fitted(net.double().eval())
 
 
@@ -289,11 +313,12 @@ def test_a_path_that_depends_on_the_images_is_refused() -> None:
 
 def test_the_network_is_left_as_found() -> None:
     net = made(lambda: Staged(nn.ReLU(inplace=True)))
-    before, state = surroundings(net), copy.deepcopy(net.state_dict())
     given = SEEN.clone()
+    before = surroundings(net, given)
     fitted(net)(given)
-    assert surroundings(net) == before and torch.equal(given, SEEN)
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="calls no module"):
+        fitted(net, stages="stage4")
+    assert surroundings(net, given) == before
 
 
 def test_logits_are_the_networks_own() -> None:
@@ -328,7 +353,7 @@ def test_one_forward_pass_an_image_and_no_map_counted_for_nothing() -> None:
     net.register_forward_hook(lambda *_: calls.append(1))
     summary = detector._summary(SEEN)
     assert len(calls) == 1 and not summary.z.any()
-    assert Summaries(net, SEEN, Stages("last_3"), "max_logit")(SEEN).z.all()
+    assert Summaries(net, SEEN, Stages("last_3"))(SEEN).z.all()
 
 
 def test_a_saved_detector_scores_alike(tmp_path: Any) -> None:

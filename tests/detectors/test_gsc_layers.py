@@ -186,6 +186,8 @@ def test_what_cannot_be_done_is_said(net: nn.Module, in_place: nn.Module, x: Ten
         GradientShortCircuit(net, layer=3)
     for network, layer, message in [
         (net, "stage4", "layer='stage4': the network has no module of that name; did you mean stage"),
+        (in_place, "conv#two", "layer='conv#two': the network has no module of that name"),
+        (in_place, "conv#0", r"module 'conv' is called 2 time\(s\)"),
         (in_place, "conv#3", r"module 'conv' is called 2 time\(s\)"),
         (in_place, "pair", r"module 'pair' is called 0 time\(s\)"),
         (Cut(net).eval(), "0.stage2", "no derivative by its output"),

@@ -110,7 +110,9 @@ def each(
     kinds: tuple[str, ...], precisions: tuple[str, ...] = ("f64", "f32"), combines: tuple[str, ...] = tuple(COMBINE)
 ) -> pytest.MarkDecorator:
     cases = [
-        pytest.param(parity, entry, id=f"{parity.name}-{entry.key}")
+        pytest.param(
+            parity, entry, id=f"{parity.name}-{entry.key}", marks=[pytest.mark.slow] if long_path(parity, entry) else []
+        )
         for parity in PARITY
         for entry in parity.entries()
         if entry.kind in kinds and entry.precision in precisions and entry.combine in combines and not chaotic(entry)
@@ -118,6 +120,12 @@ def each(
     return pytest.mark.parametrize(
         "parity, entry", cases or [pytest.param(None, None, marks=pytest.mark.skip(reason=ABSENT))]
     )
+
+
+def long_path(parity: Parity, entry: Entry) -> bool:
+    """Seconds each: Z through a deep network in float64 or for many steps. BiT, of few splits, goes the same ways."""
+    deep = len(parity.splits) > 16
+    return deep and entry.kind == "Z" and (entry.precision == "f64" or entry.steps > 2)
 
 
 def chaotic(entry: Entry) -> bool:

@@ -1,83 +1,27 @@
-"""The rectifier shortcut on a trained network and a thousand real images: every count is the exact engine's."""
+"""The rectifier shortcut on a trained network and real images: every count is the exact engine's."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
 
 from openood_sandi import SandI
-from tests.helpers.places import CHECKPOINTS, DATA
+from tests.helpers import real_images
 
-CHECKPOINT = CHECKPOINTS / "cifar10_resnet20.pt"
-LISTS = DATA / "benchmark_imglist/cifar10"
-pytestmark = pytest.mark.skipif(
-    not (CHECKPOINT.is_file() and LISTS.is_dir()),
-    reason=f"needs {CHECKPOINT} and {LISTS}; OPENOOD_SANDI_DATA=FOLDER names another place, with checkpoints beside it",
-)
-IMAGES = 500  # of each of the two lists
+pytestmark = [pytest.mark.slow, real_images.needed]
+IMAGES = 100  # of each of the two lists
+BATCH = 25  # several batches: what the first shows is only sampled later
 
 
-class Block(nn.Module):
-    def __init__(self, before: int, channels: int) -> None:
-        super().__init__()
-        self.stride, self.added = (1, 0) if before == channels else (2, channels // 4)
-        self.conv1 = nn.Conv2d(before, channels, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.added:  # "option A": subsampled, with channels of zeros on either side
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added))
-        return F.relu(out + x)
-
-
-class ResNet20(nn.Module):
-    """He et al., 2016, section 4.2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
-
-def load(name: str) -> tuple[Tensor, Tensor]:
-    lines = [line.rsplit(" ", 1) for line in (LISTS / f"{name}.txt").read_text().splitlines()[:IMAGES]]
-    files = [Image.open(DATA / "images_classic" / path).convert("RGB") for path, _ in lines]
-    pixels = np.stack([np.asarray(file.resize((32, 32), Image.Resampling.BILINEAR)) for file in files])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor([int(label) for _, label in lines])
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    net = ResNet20().eval()
-    net.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
-    return net
-
-
-@pytest.mark.parametrize("name", ["test_cifar10", "test_texture"])
+@pytest.mark.parametrize("name", real_images.SETS)
 @pytest.mark.parametrize("combine", ["count", "union"])
-def test_counts_are_those_of_the_exact_engine(net: nn.Module, name: str, combine: str) -> None:
-    images, labels = load(name)
+def test_counts_are_those_of_the_exact_engine(name: str, combine: str) -> None:
+    images, labels = real_images.load(name, IMAGES)
+    net = real_images.network()
     quick = SandI(net, variant="Z", combine=combine)
     exact = SandI(net, variant="Z", combine=combine, rectifier_shortcut=False)
     right = 0
-    for x, y in zip(images.split(100), labels.split(100), strict=True):
+    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         expected = exact.densities(x)
         for split, density in quick.densities(x).items():
             assert torch.equal(density, expected[split]), split

@@ -18,7 +18,6 @@ from tests.helpers.oracle import Options, Reference
 RELATIVE = 1e-12
 COMBINES = ("count", "union", "intersection")
 
-every_network = pytest.mark.parametrize("case", networks.ALL, ids=lambda case: case.name)
 every_trap = pytest.mark.parametrize("case", networks.HANDMADE, ids=lambda case: case.name)
 SOME = [c for c in networks.HANDMADE if c.name in ("InPlaceResidual", "Reused", "Attention", "Branches")]
 some_networks = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -78,7 +77,7 @@ Z_SETTINGS = list(itertools.product((1, 2, 3), COMBINES))
 Z_SHORT = [(1, "union"), (2, "count")]
 
 
-@every_network
+@networks.each
 def test_z(case: Case) -> None:
     trap = case in networks.HANDMADE
     naive = reference(case, Options("Z", steps=3 if trap else 2, step_size=0.01))
@@ -102,7 +101,7 @@ def test_z_after_a_first_batch_of_another_kind(case: Case, combine: str, first: 
     assert_same(detector.densities(naive.x * 30), rescaled(case, 30).densities(combine))
 
 
-@every_network
+@networks.each
 def test_a(case: Case) -> None:
     trap = case in networks.HANDMADE
     naive = reference(case, Options("A", steps=3 if trap else 2, step_size=0.01, feature=case.feature))

@@ -137,6 +137,7 @@ ANY = {**call_forms.OPERANDS, **call_forms.LAYOUTS, **call_forms.WRITES}
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(names=st.lists(st.sampled_from(list(ANY)), min_size=2, max_size=4), steps=st.integers(2, 3))
+@pytest.mark.slow
 def test_calls_after_each_other(names: list[str], steps: int) -> None:
     """Each on what the one before gave, kept at a scale where rounding does not decide."""
 

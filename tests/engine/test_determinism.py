@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from openood_sandi import SandI
 from openood_sandi.runs.score import score_dataset
-from tests.detectors.test_real_images import CHECKPOINT, ResNet20, load
-from tests.detectors.test_real_images import pytestmark as needs_real_images
-from tests.helpers import networks
+from tests.helpers import networks, real_images
 from tests.helpers.cases import build, images
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,12 +74,11 @@ def test_exact_in_float64(name: str, options: dict[str, Any]) -> None:
 @functools.cache
 def trained() -> tuple[nn.Module, Tensor]:
     """A ResNet-20 trained on CIFAR-10, with images that it knows and textures."""
-    net = ResNet20().eval()
-    net.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
-    return net, torch.cat([load(name)[0][:8] for name in ("test_cifar10", "test_texture")])
+    return real_images.network(), torch.cat([real_images.load(name, 8)[0] for name in real_images.SETS])
 
 
-@needs_real_images
+@pytest.mark.slow
+@real_images.needed
 @pytest.mark.parametrize("name", ["Z", "Z, three steps", "Z, union", "A"])
 def test_exact_in_float64_on_a_trained_network(name: str) -> None:
     # every gradient at all 19 splits would take minutes
@@ -93,7 +90,8 @@ def test_exact_in_float64_on_a_trained_network(name: str) -> None:
         net.float()
 
 
-@needs_real_images
+@pytest.mark.slow
+@real_images.needed
 @pytest.mark.parametrize("name", ["Z", "A"])
 def test_in_float32_to_a_thousandth(name: str) -> None:
     net, x = trained()

@@ -74,7 +74,7 @@ class Failing:
 
 
 @every_use
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 def test_left_as_found_after_an_error_at_any_pass(
     trained: tuple[nn.Module, Tensor],
     options: dict[str, Any],

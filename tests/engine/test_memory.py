@@ -78,6 +78,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 @every_use
+@pytest.mark.slow
 def test_every_allocation_may_fail(options: dict[str, Any], use: Use, caplog: pytest.LogCaptureFixture) -> None:
     net, x = prepared(Tiny, 8)
     expected = use(SandI(net, **options), x)
@@ -221,6 +222,7 @@ print("equal")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux refuses memory beyond a limit")
+@pytest.mark.slow
 def test_a_process_that_may_not_have_more_memory() -> None:
     """The real thing: the operating system refuses."""
     root = str(ROOT)

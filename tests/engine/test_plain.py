@@ -79,7 +79,7 @@ def assert_right(net: nn.Module, x: Tensor, names: Any, right: nn.Module | None 
 # --- every network --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", networks.ALL, ids=lambda case: case.name)
+@networks.each
 def test_gradients_and_motions(case: Case) -> None:
     net, x = cases.build(case), cases.images(case, batch=2)
     assert_right(net, x, cases.split_points(case, net, x)[-3::2])

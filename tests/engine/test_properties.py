@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from tests.helpers.cases import Case, build, images, norm_calls
 from tests.helpers.oracle import Options, Reference
 
 WIDTH = 4
+pytestmark = pytest.mark.slow
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -178,7 +180,7 @@ def test_a_score_is_that_of_the_image_alone(
     assert_close(other(torch.cat([x, x]))[1], torch.cat([tau, tau]))
 
 
-@FEW
+@settings(FEW, max_examples=20)
 @given(net=some_networks, x=some_images, options=some_options)
 def test_ranges(net: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
     """E of Z is a share, and grows from intersection through count to union; tau is the norm of E."""

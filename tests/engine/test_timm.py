@@ -18,7 +18,7 @@ from openood_sandi import SandI
 from tests.helpers import timm_families
 from tests.helpers.naive_splits import Naive
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # timm's own
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # timm's own
 
 #: Where an error that says where and what to do is right: {(architecture, variant): a part of it}.
 REFUSED: dict[tuple[str, str], str] = {}

@@ -5,6 +5,7 @@ Nothing of the package is used: the networks are run block by block here, and ev
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Staged(nn.Module):
     def __init__(self, act: Act, *, linear: bool = True, **options: bool) -> None:
         super().__init__()
         widths = (3, 6, 8, 10)
-        blocks = [Block(given, width, act, **options) for given, width in zip(widths, widths[1:], strict=False)]
+        blocks = [Block(given, width, act, **options) for given, width in itertools.pairwise(widths)]
         self.stage1, self.stage2, self.stage3 = blocks
         self.head = nn.Linear(widths[-1], CLASSES)
         self.linear = linear
@@ -77,7 +78,9 @@ class Tokens(nn.Module):
     def __init__(self, depth: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 6, 4, 4)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)) for _ in range(depth)
+        )
         self.head = nn.Linear(6, CLASSES)
 
     def forward(self, x: Tensor, tell: Callable[[Act, Tensor], Tensor] = plainly) -> Tensor:
@@ -155,7 +158,10 @@ class Reference:
         seen = [self.read(image) for image in training]
         groups = sorted(set(labels)) if self.by_class else [None]
         self.prototypes = [
-            [unit(mean([unit(r.shares[j]) for r, c in zip(seen, labels, strict=True) if group in (None, c)])) for group in groups]
+            [
+                unit(mean([unit(r.shares[j]) for r, c in zip(seen, labels, strict=True) if group in (None, c)]))
+                for group in groups
+            ]
             for j in self.ends
         ]
         self.mean_feature = mean([r.feature for r in seen])

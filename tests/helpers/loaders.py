@@ -52,8 +52,9 @@ class Linear:
 
     def after_the_canary(self, rest: list[int]) -> bool:
         """Whether ``rest`` was scored, and ahead of it the first batch and one that was known, drawn at random."""
-        ahead = self.batches()[: len(self.seen) - len(rest)]
-        return self.batches()[len(ahead) :] == rest and ahead[:1] == [0] and len(ahead) <= 2 and not {*ahead[1:]} & {*rest}
+        batches = self.batches()
+        ahead = batches[: len(batches) - len(rest)]
+        return batches == ahead + rest and ahead[:1] == [0] and len(ahead) <= 2 and not {*ahead[1:]} & {*rest}
 
 
 def run(score: Any, folder: Path | None = None, data: Any = None, seconds: float = 10.0, **options: Any) -> Any:

@@ -237,3 +237,14 @@ HANDMADE = [
 HANDMADE += [Case("Plain", Plain, 16, "relu2", ("conv1", "conv2"))]
 
 ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]
+
+#: Those that take seconds against a reference.
+SLOW = {
+    *("alexnet", "bit", "googlenet", "inception_v3", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
+    *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5", "swin_v2"),
+}
+#: Each network, for a test's parameter ``case``.
+each = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in ALL],
+)

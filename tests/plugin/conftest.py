@@ -39,7 +39,8 @@ def bare_checkout(openood_home: Path, tmp_path_factory: pytest.TempPathFactory) 
     """An unmodified checkout called ``openood``, without data and results; skips where it cannot run."""
     checkout = tmp_path_factory.mktemp("bare") / "openood"
     subprocess.run(["git", "clone", "--quiet", "--shared", str(openood_home), str(checkout)], check=True)
-    trial = installation.run(installation.wheel_python(), "-c", "import openood.pipelines", cwd=checkout, check=False)
+    code = "import openood_sandi; openood_sandi.register(); import openood.pipelines"
+    trial = installation.run(sys.executable, "-c", code, cwd=checkout, check=False, PYTHONPATH=str(installation.ROOT))
     if trial.returncode:
         reason = trial.stderr.strip().splitlines()[-1]
         pytest.skip(f'OpenOOD does not import ({reason}): pip install "openood-sandi[openood]"')

@@ -95,7 +95,9 @@ def test_stop_names_the_image(damaged: Callable[..., Any], damage: Callable[...,
 @pytest.mark.parametrize("damage", WRONG_LABELS.values(), ids=WRONG_LABELS)
 @pytest.mark.parametrize("unreadable", ["stop", "skip"])
 def test_a_wrong_label_is_no_unreadable_image(damaged: Callable[..., Any], damage: Any, unreadable: str) -> None:
-    with pytest.raises(WrongLabel, match=rf"line {BAD + 1} of its list.*expected a class, 0 to 9, or -1.*mend the list"):
+    with pytest.raises(
+        WrongLabel, match=rf"line {BAD + 1} of its list.*expected a class, 0 to 9, or -1.*mend the list"
+    ):
         score_dataset(score, DataLoader(damaged(damage), 3), "cpu", progress=False, unreadable=unreadable)
 
 

@@ -66,6 +66,7 @@ def test_it_is_short_and_uses_public_names_only() -> None:
     assert text.count("openood_sandi") == 1 and "from openood_sandi import " in text
 
 
+@pytest.mark.slow
 def test_main(checkout: Path) -> None:
     arguments = ["--postprocessor", "mean_gradient", "--postprocessor.postprocessor_args.splits", "layer3.*,layer4.*"]
     python = installation.wheel_python()
@@ -78,12 +79,14 @@ def test_main(checkout: Path) -> None:
     check_against(both_stages, checkout, results(checkout, "mean_gradient"))
 
 
+@pytest.mark.slow
 def test_main_does_not_know_it_unregistered(checkout: Path) -> None:
     command = ["main.py", "--postprocessor", "mean_gradient"]
     result = installation.run(installation.wheel_python(), *command, cwd=checkout, check=False)
     assert result.returncode == 1 and "there is no such postprocessor" in result.stderr
 
 
+@pytest.mark.slow
 def test_evaluator_and_pickle(checkout: Path, module: Any) -> None:
     evaluation = evaluator(checkout, postprocessor_name="mean_gradient")
     evaluation.eval_ood(progress=False)

@@ -58,6 +58,7 @@ def check_scores(scores: Any, checkout: Path, detector: SandI) -> None:
         np.testing.assert_allclose(conf, -tau.numpy(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluator_by_name(checkout: Path) -> None:
     evaluation = evaluator(checkout, postprocessor_name="sandi")
     table = evaluation.eval_ood(progress=False)
@@ -68,6 +69,7 @@ def test_evaluator_by_name(checkout: Path) -> None:
     assert git_status(checkout) == ""
 
 
+@pytest.mark.slow
 def test_evaluator_with_an_instance(checkout: Path) -> None:
     from openood_sandi.postprocessor import GAIAPostprocessor
 
@@ -98,6 +100,7 @@ def test_a_yml_in_the_users_config_root_goes_first(checkout: Path, tmp_path: Pat
     assert postprocessor.APS_mode is True and postprocessor.hyperparam_search_done is False
 
 
+@pytest.mark.slow
 def test_parameter_search(checkout: Path) -> None:
     from openood_sandi.postprocessor import SandIPostprocessor
 
@@ -108,6 +111,7 @@ def test_parameter_search(checkout: Path) -> None:
     assert postprocessor.options["steps"] == postprocessor.get_hyperparam()[0]
 
 
+@pytest.mark.slow
 def test_pickled_after_use_it_holds_no_network(checkout: Path) -> None:
     from openood_sandi.postprocessor import SandIPostprocessor
 
@@ -127,6 +131,7 @@ def test_pickled_after_use_it_holds_no_network(checkout: Path) -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_changed_options_and_networks_take_effect(checkout: Path) -> None:
     from openood_sandi.postprocessor import SandIPostprocessor
 
@@ -198,6 +203,7 @@ def test_yml_carries_every_option_typed(checkout: Path) -> None:
     assert (options["epsilon"], options["splitting"], options["splits"]) == (0.5, False, "layer3.*,layer4.*")
 
 
+@pytest.mark.slow
 def test_eval_ood_script(checkout: Path) -> None:
     root = checkout / tiny.CHECKPOINT.parents[1]
     arguments = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_same_bits_as_the_evaluator(world: SimpleNamespace, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["odin", "react", "gen", "nci"])
+@pytest.mark.slow
 def test_search_chooses_what_the_evaluator_chooses(world: SimpleNamespace, name: str) -> None:
     evaluation = evaluator(world, name, "searching")
     chosen = evaluation.postprocessor.get_hyperparam()
@@ -157,18 +159,18 @@ def test_search_chooses_what_the_evaluator_chooses(world: SimpleNamespace, name:
 def test_search_for_this_packages_own(world: SimpleNamespace) -> None:
     data = suite(evaluator(world, "msp"), world.net)
     scorer = available(data)[0]["gsc-search"].build(data, CPU, 30)
-    best, auroc = scorer.chosen["mask_ratio"], {}
-    for ratio in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5):
+    best, auroc = (scorer.chosen["layer"], scorer.chosen["mask_ratio"]), {}
+    for layer, ratio in itertools.product(("auto", "last_stage"), (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)):
         from openood_sandi.detectors.gsc import GradientShortCircuit
 
         assert data.validation is not None
         known, unknown = (
-            GradientShortCircuit(world.net, mask_ratio=ratio)(next(iter(part.loader(30)))[0])[1]
+            GradientShortCircuit(world.net, mask_ratio=ratio, layer=layer)(next(iter(part.loader(30)))[0])[1]
             for part in data.validation
         )
-        auroc[ratio] = float((unknown[:, None] > known).double().mean())
+        auroc[layer, ratio] = float((unknown[:, None] > known).double().mean())
     assert auroc[best] == max(auroc.values())
-    assert best == next(ratio for ratio, value in auroc.items() if value == auroc[best])
+    assert best == next(setting for setting, value in auroc.items() if value == auroc[best])
 
 
 def test_what_needs_no_linear_last_layer_takes_any_network(checkout: Path) -> None:

@@ -30,6 +30,7 @@ def evaluate(python: str, code: str, **variables: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_wheel_holds_package_configurations_and_start_up_files() -> None:
     names = set(zipfile.ZipFile(installation.wheel()).namelist())
     configurations = {path.name for path in (installation.ROOT / "configs/postprocessors").glob("*.yml")}
@@ -44,12 +45,14 @@ def test_wheel_holds_package_configurations_and_start_up_files() -> None:
 
 
 @INSTALLS
+@pytest.mark.slow
 def test_start_up_puts_the_finder_in_place(python: Callable[[], str]) -> None:
     code = "import sys; print(getattr(sys.meta_path[0], '__name__', ''))"
     assert evaluate(python(), code) == startup.OpenOODFinder.__name__
 
 
 @INSTALLS
+@pytest.mark.slow
 def test_environment_variable_switches_it_off(python: Callable[[], str]) -> None:
     code = "import sys; print(sys.meta_path)"
     assert startup.OpenOODFinder.__name__ not in evaluate(python(), code, **{startup.SWITCH: "1"})
@@ -87,6 +90,7 @@ def test_start_up_imports_nothing_but_itself() -> None:
 
 
 @INSTALLS
+@pytest.mark.slow
 def test_entry_points_and_configurations_are_found(python: Callable[[], str]) -> None:
     code = (
         "from importlib import metadata\n"
@@ -99,6 +103,7 @@ def test_entry_points_and_configurations_are_found(python: Callable[[], str]) ->
     assert {f"{name} {value} True" for name, value in own.items()} <= lines
 
 
+@pytest.mark.slow
 def test_description_and_classes_come_from_the_detectors() -> None:
     code = (
         "import sys\n"
@@ -107,7 +112,7 @@ def test_description_and_classes_come_from_the_detectors() -> None:
         "print('torch' in sys.modules)"
     )
     summary, torch_imported = evaluate(installation.wheel_python(), code).splitlines()
-    assert summary == "Out-of-distribution detection for OpenOOD: S&I, GAIA, GSC and Prototype Fusion"
+    assert summary == "Out-of-distribution detection for OpenOOD: S&I, S&I-C, GAIA, GSC and Prototype Fusion"
     assert torch_imported == "False"
 
 
@@ -119,6 +124,7 @@ def test_public_names_load_when_first_used() -> None:
         _ = openood_sandi.sandi
 
 
+@pytest.mark.slow
 def test_a_removed_package_leaves_python_silent() -> None:
     python = installation.environment("removed")
     (site_packages,) = Path(python).parents[1].glob("lib/python*/site-packages")
@@ -128,6 +134,7 @@ def test_a_removed_package_leaves_python_silent() -> None:
     assert evaluate(python, "print('started')") == "started"
 
 
+@pytest.mark.slow
 def test_core_imports_without_openood_and_torchvision() -> None:
     code = (
         "import sys\n"

@@ -73,6 +73,7 @@ def score(folder: Path, monkeypatch: pytest.MonkeyPatch, net: Any = None, **opti
     return gaia.inference(net or tiny.network(), loader(folder, batch_size), progress=False), len(seen)
 
 
+@pytest.mark.slow
 def test_what_decides_scores_decides_what_is_scored_again(
     checkout: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

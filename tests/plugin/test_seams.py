@@ -11,6 +11,8 @@ import torch
 from openood_sandi import startup
 from tests.helpers import installation, tiny
 
+pytestmark = pytest.mark.slow  # every test starts a Python with the installed wheel
+
 BY_NAME = """
 import warnings
 warnings.simplefilter("always")

@@ -103,6 +103,7 @@ def test_other_libraries_and_other_names_are_none_of_its_business(tmp_path: Path
     assert "no cv2" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_choosing_a_method_that_needs_a_missing_package_names_it(bare_checkout: Path) -> None:
     # adascale and openmax import statsmodels and libmr; these dies-on-import twins win over installed ones
     twins = installation.workspace() / "twins"

@@ -20,7 +20,10 @@ from tests.plugin.conftest import git_status
 
 SETS = ("cifar100", *tiny.NEAR, *tiny.FAR)
 ROWS = [*tiny.NEAR, "nearood", *tiny.FAR, "farood"]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit is promised on the CPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit is promised on the CPU"),
+]
 
 
 def torchrun(ranks: int, *arguments: str, cwd: Path) -> str:

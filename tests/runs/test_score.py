@@ -64,6 +64,7 @@ def test_a_cache_needs_a_key_and_an_order(tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.slow
 def test_ranks_give_the_bytes_of_one_process(ranks: int, tmp_path: Path) -> None:
     expected = {name: as_bytes(found) for name, found in rank_cases.results().items()}
     assert forked(ranks, rank_cases.share, tmp_path) == [(0, "")] * ranks
@@ -73,6 +74,7 @@ def test_ranks_give_the_bytes_of_one_process(ranks: int, tmp_path: Path) -> None
                 assert as_bytes(found[f"{name}/{column}"] for column in range(3)) == columns, (name, rank)
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_the_error_of_a_rank_and_others_resume(tmp_path: Path) -> None:
     """Two ranks, one of which fails; then three; then one process, for which nothing is left."""
     expected = as_bytes(run(Linear()))
@@ -107,6 +109,7 @@ def test_no_thread_of_torch_enters_python_when_ranks_exchange_results(ranks: int
 
 
 @pytest.mark.parametrize("case", [rank_cases.fail, rank_cases.die, rank_cases.hang])
+@pytest.mark.slow
 def test_a_rank_that_is_lost_ends_the_others(case: Any, tmp_path: Path) -> None:
     """Also without torchrun, which would end them: as on another machine."""
     (code, error), (other, _) = forked(2, case, tmp_path)

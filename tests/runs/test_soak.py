@@ -104,7 +104,7 @@ def in_its_own_process(*arguments: object) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_proc
 @pytest.mark.parametrize("variant", ["Z", "A"])
 def test_memory_and_scores_stay_the_same_in_a_long_run(variant: str, tmp_path: Path) -> None:
@@ -120,6 +120,7 @@ def test_memory_and_scores_stay_the_same_in_a_long_run(variant: str, tmp_path: P
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_leak_is_seen(tmp_path: Path) -> None:
     record = in_its_own_process(30 * BATCH, "Z", 2 << 20, tmp_path)
     assert growth(record["held"]) > MOST_GROWTH

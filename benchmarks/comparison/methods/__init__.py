@@ -6,12 +6,15 @@ method, OpenOOD goes first.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from ..suite import Suite
 from . import own, with_openood, with_pytorch_ood
+from .baselines import BASELINES
 from .method import Method, Scorer
 from .network import NetworkParts
 
-__all__ = ["DEFAULT", "Method", "Scorer", "available"]
+__all__ = ["DEFAULT", "Method", "Scorer", "available", "called"]
 
 DEFAULT = (
     *("msp", "odin", "ebo", "mls", "gradnorm", "react", "rankfeat", "scale", "ash", "gen", "knn", "vim", "fdbd", "nci"),
@@ -33,3 +36,17 @@ def available(suite: Suite) -> tuple[dict[str, Method], dict[str, str]]:
             reasons.setdefault(name, []).append(reason)
     absent = {name: "; ".join(dict.fromkeys(given)) for name, given in reasons.items() if name not in found}
     return {name: found[name] for name in (*DEFAULT, *sorted(found)) if name in found}, absent
+
+
+def called(runnable: Mapping[str, Method], known: Iterable[str]) -> dict[str, str]:
+    """What each name and printed title means, by the same in lower case: a method, "default" or "all"."""
+    titles = {
+        **{title: name for name, (title, _) in own.SETTINGS.items()},
+        **{baseline.title: name for name, baseline in BASELINES.items()},
+        **{method.title: name for name, method in runnable.items()},
+    }
+    known = ("default", "all", *known)
+    return {
+        **{title.casefold(): name for title, name in titles.items() if name in known},
+        **{name.casefold(): name for name in known},
+    }

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Need = Literal["head", "blocks", "training", "validation"]
+Need = Literal["head", "blocks", "training", "validation", "OOD validation"]
 NEEDS: dict[str, tuple[Need, ...]] = {"nothing": (), "a linear head": ("head",), "training images": ("training",)}
 """Those of this package's detectors, by how they say it."""
-"""A linear last layer; stages that can be run one by one; training images; validation images."""
+"""A linear last layer; stages that can be run one by one; training images; ID and OOD validation images."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.features import LinearHead, Penultimate, hooked, stages
 
-from ..suite import ImageSet, Suite, digest
+from ..suite import ImageSet, Suite
 from .baselines import BASELINES, Need, fitted
 
 
@@ -28,7 +28,8 @@ class NetworkParts:
         self.head: LinearHead | None = None
         self.fitted_on: dict[str, tuple[ImageSet, ...]] = {
             "training": (suite.training,) if suite.training else (),
-            "validation": suite.validation or (),
+            "validation": (suite.validation or ())[:1],
+            "OOD validation": (suite.validation or ())[1:],
         }
         self._problems: dict[str, str] = {
             need: f"needs {need} images, which {suite.name} has none of here"
@@ -63,7 +64,7 @@ class NetworkParts:
     def fingerprints(self, needs: Sequence[Need]) -> dict[str, str]:
         """Of the images other than those scored that decide the scores of a method with these needs."""
         found = {need: self.fitted_on.get(need, ()) for need in needs}
-        return {need: " ".join(part.fingerprint for part in images) for need, images in found.items() if images}
+        return {need: " ".join(part.contents for part in images) for need, images in found.items() if images}
 
 
 class Blocks:
@@ -182,33 +183,6 @@ class OpenOODNetwork(nn.Module):
 
     def get_fc_layer(self) -> nn.Linear:
         return self.fc
-
-
-@contextmanager
-def remembering(net: nn.Module) -> Iterator[None]:
-    """Within it a network in OpenOOD's form computes every batch once, where no gradients are wanted.
-
-    OpenOOD's search scores the validation images again for every value, though most methods ask the network for the
-    same logits and features each time.
-    """
-    compute = net.forward
-    known: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
-
-    def forward(x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, ...]:
-        if torch.is_grad_enabled():
-            result: Tensor = compute(x)
-            return result
-        asked = digest(x), return_feature
-        if asked not in known:
-            known[asked] = compute(x, return_feature=True) if return_feature else (compute(x),)
-        answer = tuple(tensor.clone() for tensor in known[asked])  # ASH writes into it
-        return answer if return_feature else answer[0]
-
-    net.forward = forward
-    try:
-        yield
-    finally:
-        del net.forward  # the instance's; the class's shows again
 
 
 def as_linear(head: LinearHead) -> nn.Linear:

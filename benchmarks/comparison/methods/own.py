@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openood_sandi import SandI
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
 from openood_sandi.detectors.options import options_of
 from openood_sandi.plugin import registry
 
@@ -17,6 +17,7 @@ from ..suite import Suite
 from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
+from .shared import SharedMeans, SharedNetwork
 
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
@@ -64,7 +65,8 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
         if lacking:
             absent[name] = lacking
         else:
-            decisive = {**options, **parts.fingerprints(needs)}
+            fitted_on = (*needs, "validation") if "training" in needs else needs
+            decisive = {**options, **parts.fingerprints(fitted_on)}
             bound = functools.partial(_build, detector=detector, options=options)
             methods[name] = Method(name, title, "openood-sandi", decisive, bound)
 
@@ -87,9 +89,17 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 def _build(
     suite: Suite, device: torch.device, batch_size: int, *, detector: Callable[..., Any], options: Mapping[str, Any]
 ) -> Scorer:
-    made = detector(suite.network.to(device), **options)
-    if hasattr(made, "fit"):
+    network = suite.network.to(device)
+    image = suite.in_distribution.dataset[0][0].unsqueeze(0).to(device)
+    if detector is GradientShortCircuit:
+        network = SharedNetwork(network, image)
+    elif detector is PrototypeFusion:
+        means = SharedMeans(network, image, int(options["layers"].removeprefix("last_")))
+        network, options = means, {**options, "layers": means.names}
+    made = detector(network, **options)
+    if getattr(made, "fitted", ()):  # others would only get a threshold
         assert suite.training is not None
-        made.fit(suite.training.loader(batch_size))
+        held = suite.validation[0].to_fit_on(batch_size) if suite.validation else None
+        made.fit(suite.training.to_fit_on(batch_size), held)
     scorer: Scorer = made
     return scorer

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from networks.catalogue import openood_importable
+from networks.libraries import openood_importable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -23,9 +23,12 @@ from openood_sandi.plugin import registry, standins
 from ..suite import Suite
 from .baselines import BASELINES, NEEDS, Need
 from .method import Library, Method, Offer, Scorer
-from .network import NetworkParts, OpenOODNetwork, frozen, remembering
+from .network import NetworkParts, OpenOODNetwork, frozen
+from .shared import SharedNetwork
 
 Options = Mapping[str, Any]
+SHARED = ("msp", "ebo", "mls", "gen", "react", "ash", "scale", "knn", "vim", "fdbd", "nci")
+"""Methods that read nothing but logits and penultimate features."""
 
 
 def offer(suite: Suite, parts: NetworkParts) -> Offer:
@@ -36,7 +39,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 
     def add(name: str, title: str, needs: Sequence[Need], options: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         searched = name + "-search" if sweep else name
-        needs = (*needs, "validation") if sweep else needs
+        needs = (*needs, "validation", "OOD validation") if sweep else needs
         lacking = problem or (name in BASELINES and parts.cannot_run(name)) or parts.lacks(needs)
         if name == "odin" and (channels := parts.image.shape[1]) != 3:
             lacking = lacking or f"OpenOOD's takes images of 3 channels, not {channels}"
@@ -95,8 +98,11 @@ def _build(
             'give --device cuda, or set CUDA_VISIBLE_DEVICES=""'
         )
     backbone = plain = suite.network.to(device)
+    image = suite.in_distribution.dataset[0][0].unsqueeze(0).to(device)
+    if name in SHARED:
+        plain = SharedNetwork(backbone, image)
     if name in BASELINES and "head" in BASELINES[name].needs:
-        plain = _with_interface(backbone, NetworkParts(suite).image)
+        plain = _with_interface(plain, image)
     network = _wrapper(name)(plain)
     postprocessor = _postprocessor(name, suite, options, sweep)
     loaders = _loaders(suite, batch_size)
@@ -105,8 +111,7 @@ def _build(
     with current, frozen(backbone), contextlib.redirect_stdout(sys.stderr):
         postprocessor.setup(network, loaders, {"val": loaders.get("val-ood")})
         if sweep:
-            with remembering(plain) if name in BASELINES else contextlib.nullcontext():
-                _search(network, loaders, postprocessor)
+            _search(network, loaders, postprocessor)
     if name in registry.infos():
         return Searched(postprocessor.detector(backbone), _chosen(postprocessor, sweep))
 
@@ -180,9 +185,9 @@ def _postprocessor(name: str, suite: Suite, options: Options, sweep: Options) ->
 
 def _loaders(suite: Suite, batch_size: int) -> dict[str, DataLoader[Any]]:
     """Image sets as OpenOOD's loaders give them: dictionaries of images and labels."""
-    known, unknown = suite.validation or (None, None)
+    known, unknown = (*(suite.validation or ()), None, None)[:2]
     sets = {"train": suite.training, "val": known, "val-ood": unknown}
-    return {name: images.loader(batch_size, collate=_named) for name, images in sets.items() if images is not None}
+    return {name: images.to_fit_on(batch_size, _named) for name, images in sets.items() if images is not None}
 
 
 def _named(items: list[Any]) -> dict[str, Any]:

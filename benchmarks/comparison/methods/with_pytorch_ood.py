@@ -22,6 +22,7 @@ from ..suite import ImageSet, Suite
 from .baselines import BASELINES
 from .method import Method, Offer, Scorer
 from .network import Blocks, NetworkParts, as_linear, frozen, mean_over_positions, outputs_of
+from .shared import SharedNetwork
 
 logging.getLogger("pytorch_ood").addHandler(logging.NullHandler())
 
@@ -61,11 +62,13 @@ def import_problem() -> str | None:
 def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, options: Mapping[str, Any]) -> Scorer:
     network = suite.network.to(device)
     parts = NetworkParts(suite)
+    if name not in IMAGES:
+        network = SharedNetwork(network, parts.image)
     penultimate = Penultimate(network)
 
     def features(images: ImageSet) -> tuple[Tensor, Tensor]:
         """Penultimate features (N, D) and labels (N,) of a set, on the CPU."""
-        found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.loader(batch_size)]
+        found = [(penultimate(batch.to(device))[0].cpu(), labels) for batch, labels in images.to_fit_on(batch_size)]
         return torch.cat([some for some, _ in found]), torch.cat([labels for _, labels in found])
 
     def read(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +86,7 @@ def _build(suite: Suite, device: torch.device, batch_size: int, *, name: str, op
     else:
         assert parts.head is not None
         detector, predict = _of_features(name, as_linear(parts.head), options)
-        if name == "react":
-            assert suite.validation is not None
+        if name == "react" and suite.validation:
             detector.fit_feature_maps(*features(suite.validation[0]))
         elif detector.requires_fit:
             assert suite.training is not None

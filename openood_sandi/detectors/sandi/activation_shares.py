@@ -24,7 +24,10 @@ from openood_sandi.engine import checks
 
 __all__ = ["ActivationPass", "activation_input", "activation_pass", "counts"]
 
-_ALIKE = ("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "softplus", "gelu", "silu", "mish", "hardswish")
+_ALIKE = (
+    *("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "softplus"),
+    *("gelu", "silu", "mish", "hardswish"),
+)
 _HEADS = frozenset(("linear", "conv2d"))
 _Clip = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 
@@ -137,12 +140,12 @@ def counts(x: Tensor, clip: float, axis: int) -> Tensor:
     if math.isinf(clip):
         return torch.gt(x, 0, out=torch.empty_like(x, dtype=torch.float32)).sum(dims)
     # the derivative of clipping, in one step; NaN counts there, and makes the logits NaN
-    mask = torch.ops.aten.hardtanh_backward(x.new_ones(()).expand_as(x), x, 0, clip)
+    mask: Tensor = torch.ops.aten.hardtanh_backward(x.new_ones(()).expand_as(x), x, 0, clip)
     return mask.sum(dims, dtype=torch.float32)
 
 
 def _feature(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    given = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
-    if not all(isinstance(tensor, Tensor) for tensor in (*given, result)):
-        return None
-    return given[0], given[1], result
+    given, weight = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight")))
+    if isinstance(given, Tensor) and isinstance(weight, Tensor) and isinstance(result, Tensor):
+        return given, weight, result
+    return None

@@ -66,7 +66,7 @@ class SandIC(Detector):
     Args:
         net: a classifier in eval mode.
         base: what the logits say: "max_logit+fdbd", "max_logit" or "energy". fDBD needs a linear last layer; without
-            one it is left out, with a warning.
+            one it is left out, with a warning, and max logit alone remains.
         gate: q, by how many standard deviations D and Z must exceed their mean on ID images to count.
         use_z: whether Z counts: "always", "never", or "auto": where there is one prototype a layer.
         stages: "last_N", the last N stages of the network, or names of the modules that end them, as a list or
@@ -74,14 +74,16 @@ class SandIC(Detector):
 
     Attributes:
         prototypes: {stage: (P, K_j)}, after :meth:`fit`, on the CPU in float64, as all of these.
-        feature_mean: the mean of h over training images (D,); empty where fDBD is left out.
-        statistics: {"m", "f", "b", "d", "z": (2,)}, mean and standard deviation over ID images.
+        feature_mean: the mean of h over training images (D,); empty without a linear last layer.
+        statistics: mean and standard deviation (2,) over ID images, by quantity. Options other than ``stages`` can be
+            changed without another fit.
 
     Raises:
         ValueError: an option is out of range; at the first batch, if the network calls no activation on maps.
     """
 
     fitted = INFO.fitted
+    _summaries: Summaries | None
 
     @plain_numbers
     def __init__(
@@ -116,7 +118,7 @@ class SandIC(Detector):
         checks.require_images(x)
         checks.require_eval(self.net)
         if self._summaries is None:
-            self._summaries = Summaries(self.net, x, self._stages, self.base)
+            self._summaries = Summaries(self.net, x, self._stages)
         return self._summaries(x, with_z=not self.statistics or self._z_counts)
 
     # ------------------------------------------------------------------ fit
@@ -125,7 +127,7 @@ class SandIC(Detector):
         self.prototypes: Mapping[str, Tensor] = {}
         self.feature_mean = torch.zeros(0, dtype=torch.double)
         self.statistics: Mapping[str, Tensor] = {}
-        self._summaries: Summaries | None = None
+        self._summaries = None
         self._sums: ShareSums | None = None
         self._feature_sum: Tensor | None = None
 
@@ -142,8 +144,8 @@ class SandIC(Detector):
             raise ValueError("no training images: expected ID images that the network was trained on, for prototypes")
         if len(held.pred) < 2:
             raise ValueError(
-                f"{len(held.pred)} ID image(s) for means and deviations, which no prototype is made of; expected {FEW} or "
-                "more: give more images to fit, or val"
+                f"{len(held.pred)} ID image(s) for means and deviations, which no prototype is made of; expected {FEW} "
+                "or more: give more images to fit, or val"
             )
         if len(held.pred) < FEW:
             _log.warning("means and deviations are of %d ID images, fewer than %d: they are rough", len(held.pred), FEW)
@@ -151,40 +153,50 @@ class SandIC(Detector):
         self.feature_mean = (self._feature_sum / self._sums.images).cpu()
         values = self._values(held)
         self.statistics = {name: _statistics(value) for name, value in values.items()}
-        self.statistics["b"] = _statistics(self._base(values))
+        if "fdbd" in values:
+            self.statistics["max_logit+fdbd"] = _statistics(self._sum(values))
         self._sums = self._feature_sum = None
 
     # ------------------------------------------------------------------ score
 
     def _scored(self, summary: Summary) -> Tensor:
-        if not self.statistics:
-            raise RuntimeError("no prototypes: call fit first")
+        if set(self.prototypes) != set(self._found.stages):
+            fitted = f"prototypes are of {', '.join(self.prototypes)}" if self.prototypes else "no prototypes"
+            raise RuntimeError(f"{fitted}, expected those of {', '.join(self._found.stages)}: call fit first")
         values = self._values(summary)
-        score = self._standard("b", self._base(values)).clamp_min(FLOOR)
+        score = self._base(values).clamp_min(FLOOR)
         for name in ("d", "z") if self._z_counts else ("d",):
             score += (self._standard(name, values[name]) - self.gate).clamp_min(0)
-        return score.masked_fill(summary.m.isnan(), math.nan)
+        scores: Tensor = score.masked_fill(summary.max_logit.isnan(), math.nan)
+        return scores
 
     def _values(self, summary: Summary) -> dict[str, Tensor]:
-        """m, D, Z and, where it is not left out, f, larger for OOD, (B,) each in float64."""
+        """Both m, D, Z and, with a linear last layer, f, larger for OOD, (B,) each in float64."""
         prototypes = [self.prototypes[stage] for stage in self._found.stages]
-        found = {"m": summary.m, "d": distance(self._by_stage(summary.shares), prototypes), "z": summary.z}
+        found = {"max_logit": summary.max_logit, "energy": summary.energy}
+        found |= {"d": distance(self._by_stage(summary.shares), prototypes), "z": summary.z}
         if len(self.feature_mean):
-            found["f"] = fdbd(summary.boundaries, summary.feature, self.feature_mean.to(summary.feature.device))
+            found["fdbd"] = fdbd(summary.boundaries, summary.feature, self.feature_mean.to(summary.feature.device))
         return found
 
     def _base(self, values: Mapping[str, Tensor]) -> Tensor:
-        """b, (B,)."""
-        terms = [self._standard(name, values[name]) for name in ("m", "f") if name in values]
-        return torch.stack(terms).sum(0)
+        """b^, (B,)."""
+        if self.base == "max_logit+fdbd" and "fdbd" in values:
+            return self._standard(self.base, self._sum(values))
+        name = self.base.removesuffix("+fdbd")
+        return self._standard(name, values[name])
+
+    def _sum(self, values: Mapping[str, Tensor]) -> Tensor:
+        """m^ + f^, (B,)."""
+        return self._standard("max_logit", values["max_logit"]) + self._standard("fdbd", values["fdbd"])
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
         """Less the mean, over the standard deviation on ID images."""
-        mean, deviation = self.statistics[name].tolist()
+        mean, deviation = map(float, self.statistics[name])
         return (values - mean) / deviation
 
     def _by_stage(self, shares: Tensor) -> Sequence[Tensor]:
-        return shares.split(self._found.widths, 1)
+        return torch.split(shares, self._found.widths, 1)
 
     @property
     def _found(self) -> Summaries:

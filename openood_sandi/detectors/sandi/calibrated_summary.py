@@ -23,15 +23,17 @@ class Summary(NamedTuple):
 
     Attributes:
         pred: predicted classes (B,) int64.
-        m: - max logit, or the energy (B,), float64; NaN where logits are not finite.
-        boundaries: mean distance to the decision boundaries (B,), float64; zeros where fDBD is left out.
-        feature: h (B, D), float32 or as the network has it; (B, 0) where fDBD is left out.
+        max_logit: - the largest logit (B,), float64; NaN where logits are not finite.
+        energy: - log sum exp of the logits (B,), float64.
+        boundaries: mean distance to the decision boundaries (B,), float64; zeros without a linear last layer.
+        feature: h (B, D), in the network's precision; (B, 0) without a linear last layer.
         shares: E_j of the activations that end the stages, side by side (B, K_1 + K_2 + ...), float32.
         z: Z (B,), float64.
     """
 
     pred: Tensor
-    m: Tensor
+    max_logit: Tensor
+    energy: Tensor
     boundaries: Tensor
     feature: Tensor
     shares: Tensor
@@ -45,7 +47,6 @@ class Summaries:
         net: a classifier in eval mode.
         x: images.
         stages: which activations D is taken over.
-        base: "max_logit+fdbd", "max_logit" or "energy".
 
     Attributes:
         classes: how many the network tells apart.
@@ -56,14 +57,14 @@ class Summaries:
         ValueError: the network calls no activation on maps.
     """
 
-    def __init__(self, net: nn.Module, x: Tensor, stages: Stages, base: str) -> None:
-        self._net, self._base = net, base
+    def __init__(self, net: nn.Module, x: Tensor, stages: Stages) -> None:
+        self._net = net
         self._activations = find_activations(net, x, stages)
         first = activation_pass(net, x[:1], self._activations.axes_of_ends)
         self.classes = first.logits.shape[1]
         self.stages = tuple(self._activations.ends)
         self.widths = [first.counts[j].shape[1] for j in self._activations.ends.values()]
-        self._boundaries = _boundaries(first) if base == "max_logit+fdbd" else None
+        self._boundaries = _boundaries(first)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, with_z: bool = True) -> Summary:
@@ -72,14 +73,14 @@ class Summaries:
         found = activation_pass(self._net, x, activations.axes if with_z else activations.axes_of_ends)
         logits, feature = found.logits.double(), found.logits.new_zeros(len(x), 0)
         largest, pred = logits.max(1)
-        m = -logits.logsumexp(1) if self._base == "energy" else -largest
-        boundaries = torch.zeros_like(m)
+        boundaries = torch.zeros_like(largest)
         if self._boundaries is not None and found.feature is not None:
             boundaries, feature = self._boundaries.distance(logits), found.feature[0].flatten(1)
         shares = _shares(found)
         stages = torch.cat([shares[j] for j in activations.ends.values()], 1)
-        z = torch.cat(list(shares.values()), 1).double().square().sum(1) if with_z else torch.zeros_like(m)
-        return Summary(pred, m.masked_fill(~logits.isfinite().all(1), torch.nan), boundaries, feature, stages, z)
+        z = torch.cat(list(shares.values()), 1).double().square().sum(1) if with_z else torch.zeros_like(largest)
+        max_logit = (-largest).masked_fill(~logits.isfinite().all(1), torch.nan)
+        return Summary(pred, max_logit, -logits.logsumexp(1), boundaries, feature, stages, z)
 
 
 def _shares(found: ActivationPass) -> dict[int, Tensor]:
@@ -87,7 +88,7 @@ def _shares(found: ActivationPass) -> dict[int, Tensor]:
     every = torch.cat(list(found.counts.values()), 1)  # divided all at once, as there can be a hundred
     widths = [count.shape[1] for count in found.counts.values()]
     every.div_(_positions(tuple(found.positions.values()), tuple(widths), every.device))
-    return dict(zip(found.counts, every.split(widths, 1), strict=True))
+    return dict(zip(found.counts, torch.split(every, widths, 1), strict=True))
 
 
 @lru_cache(maxsize=8)
@@ -103,5 +104,5 @@ def _boundaries(first: ActivationPass) -> DecisionBoundaries | None:
         same = result.flatten(1).shape == first.logits.shape and result.flatten(1).equal(first.logits)
         if same or (first.logits.isnan().any() and result.numel() == first.logits.numel()):
             return DecisionBoundaries(weight.flatten(1))
-    _log.warning("the logits are not the output of a linear layer: fDBD is left out, and b is max logit alone")
+    _log.warning("the logits are not the output of a linear layer: fDBD is left out")
     return None

@@ -34,10 +34,12 @@ class DecisionBoundaries:
         """The mean distance (B,) to the boundaries of the predicted class, float64, from logits (B, C)."""
         inverse, others = self._inverse.to(logits.device), self._others.to(logits.device)
         values, y = logits.double().max(1)
-        return ((values[:, None] - logits.double()) * inverse[y]).sum(1) / others[y]
+        distances: Tensor = ((values[:, None] - logits.double()) * inverse[y]).sum(1) / others[y]
+        return distances
 
 
 def fdbd(distance: Tensor, features: Tensor, mean: Tensor) -> Tensor:
     """f (B,), larger for OOD, from mean distances (B,), features h (B, D) and their mean over training images (D,)."""
-    away = (features.double() - mean.double()).norm(dim=1)
-    return -distance / away.clamp_min(torch.finfo(torch.double).tiny)
+    away = torch.linalg.vector_norm(features.double() - mean.double(), dim=1)
+    f: Tensor = -distance / away.clamp_min(torch.finfo(torch.double).tiny)
+    return f
