@@ -131,7 +131,7 @@ def _data(frame: pd.DataFrame, run: Run, device: torch.device) -> tuple[dict[str
 def _curves(outcome: Outcome, suite: Suite, values: pd.DataFrame) -> dict[str, Any]:
     """A method's threshold, and by OOD set its histogram, ROC curve and metrics."""
     known = outcome.scored[suite.in_distribution.name].scores
-    everything = tuple(scored.scores for scored in outcome.scored.values())
+    everything = tuple(outcome.scored[images.name].scores for images in suite.test_sets)
     least = curves.threshold(known)
     found = {}
     for images in suite.out_of_distribution:

@@ -88,7 +88,7 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     given, their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
     """
     rows = []
-    for name in progress(list(runs[0].outcomes), "metrics", "method"):
+    for name in progress(list(runs[0].outcomes), "metrics", "methods"):
         spreads = _spreads(runs, name, resamples)
         costs = _costs(runs[0].outcomes[name].expense)
         for group in groups(runs[0].suite):
@@ -121,7 +121,7 @@ def decisions(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
     if not suite.validation or suite.validation[0].name not in outcome.scored:
         return _averaged(suite, lambda _: np.full(2, np.nan))
     fitted = outcome.scored[suite.validation[0].name].scores
-    threshold = np.quantile(fitted, KEPT, method="higher")
+    threshold = np.quantile(fitted, KEPT, method="inverted_cdf")
     lost = np.mean(outcome.scored[suite.in_distribution.name].scores > threshold)
     return _averaged(suite, lambda images: np.array([lost, np.mean(outcome.scored[images.name].scores <= threshold)]))
 

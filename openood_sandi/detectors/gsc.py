@@ -15,7 +15,8 @@ element, and both derivatives are those of the network after it (:mod:`openood_s
 share of coordinates, ``mask_ratio``, has a default of our own choosing, to be set on validation data; the predicted
 class stays the unmodified network's.
 
-A caution: on the networks that we measured, it ranks below the energy itself (README, Side by side).
+A caution: on the networks that we measured, it ranks below the energy itself (README, Side by side). So it does at the
+maps of the last two stages of a CIFAR-100 ResNet-18, by less the earlier the map and the smaller the share.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_wrong_options_are_refused(checkout: Path, name: str, options: dict[str,
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["sandi", "gaia", "gsc", "prototype_fusion"])
+@pytest.mark.parametrize("name", ["sandi", "sandi_c", "gaia", "gsc", "prototype_fusion"])
 def test_ymls_carry_every_option_and_a_sweep(checkout: Path, name: str) -> None:
     from openood_sandi.plugin.registry import postprocessor_class
 
