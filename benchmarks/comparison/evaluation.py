@@ -40,7 +40,7 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
         self._images, self._batch_size, self._workers = images, batch_size, workers
         self.contents = images.contents
-        """See :attr:`ImageSet.contents`."""
+        """See :attr:`.suite.ImageSet.contents`."""
 
     def __len__(self) -> int:
         return len(self._images)

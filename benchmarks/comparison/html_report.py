@@ -43,9 +43,9 @@ def write(
     about: Mapping[str, Any],
     device: torch.device,
 ) -> Path:
-    """Write the report of ``frame``, which is :func:`table.results`, and return its path.
+    """Write the report of ``frame``, which is :func:`.table.results`, and return its path.
 
-    Curves and images are those of the first run. ``about`` is as :func:`report.write` takes it. The same run gives the
+    Curves and images are those of the first run. ``about`` is as :func:`.report.write` takes it. The same run gives the
     same bytes.
     """
     replace(path, html(frame, runs, failures, about, device))

@@ -64,7 +64,7 @@ class PaperTable:
 
 
 def tables(frame: pd.DataFrame, run: Run) -> list[PaperTable]:
-    """Those of the paper's tables that this run has something to say in; ``frame`` is :func:`table.results`."""
+    """Those of the paper's tables that this run has something to say in; ``frame`` is :func:`.table.results`."""
     numbers = PUBLISHED[PUBLISHED["data"] == run.suite.name]["table"].unique()
     found = [_detection(number, frame, run) for number in numbers if number != SPEED]
     return [*found, *_speed(frame, run)]

@@ -44,7 +44,7 @@ ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
 
 def draw(folder: Path, frame: pd.DataFrame, run: Run) -> list[Path]:
-    """Write the pictures of ``frame``, which is :func:`table.results`, and of the scores of ``run``; their paths."""
+    """Write the pictures of ``frame``, which is :func:`.table.results`, and of the scores of ``run``; their paths."""
     figures = {"histograms": histograms(frame, run), "roc": roc_curves(frame, run)}
     if frame["forwards"].notna().any():
         figures["cost_auroc"] = cost_against_auroc(frame, run)
