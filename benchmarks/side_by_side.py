@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.console import Parser, device, positive, progress
+from comparison.console import Lines, Parser, device, positive, progress
 from comparison.environment import environment, on_quickest_threads, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
@@ -109,16 +109,17 @@ class _Comparison:
             outcomes: dict[str, Outcome] = {}
             self._evaluations.append(evaluation)
             self._outcomes.append(outcomes)
-            for method in progress(chosen, f"{suite.name}, seed {seed}", "method"):
+            lines = Lines(len(chosen) * sum(map(len, (*suite.test_sets, *(suite.validation or ())[:1]))))
+            for method in progress(chosen, f"{suite.name}, seed {seed}", "methods"):
                 with self._noted(method):
-                    outcomes[method.name] = Outcome(method, evaluation.scores(method))
+                    outcomes[method.name] = Outcome(method, evaluation.scores(method, lines))
 
     def measure(self) -> None:
         """Measure what each method costs, with the first network; the cost of one that fails is left out."""
         if not self._options.cost or not ranks.is_main_process():
             return
         outcomes = self._outcomes[0]
-        for name, outcome in progress(list(outcomes.items()), "cost", "method"):
+        for name, outcome in progress(list(outcomes.items()), "cost", "methods"):
             with self._noted(outcome.method, alone=True):
                 outcomes[name] = replace(outcome, expense=self._evaluations[0].expense(outcome.method))
 

@@ -1,22 +1,31 @@
-"""S&I and GAIA as a detector of `pytorch-ood <https://github.com/kkirchheim/pytorch-ood>`_ (an optional dependency).
+"""S&I, GAIA and S&I-C as detectors of `pytorch-ood <https://github.com/kkirchheim/pytorch-ood>`_ (if installed).
 
 >>> from openood_sandi.pytorch_ood import SandIDetector
 >>> detector = SandIDetector(model)              # S&I; SandIDetector(model, steps=1, top_fraction=1.0) is GAIA
 >>> metrics.update(detector(x), y)               # pytorch_ood.metrics.OODMetrics: larger scores mean OOD, as here
+>>> detector = SandICDetector(model).fit(loader)  # S&I-C, fitted to training images transformed as test images are
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pytorch_ood.api import Detector, DetectorInfo, ModelNotSetException, Paper, Task
+from pytorch_ood.api import (
+    Detector,
+    DetectorInfo,
+    ModelNotSetException,
+    Paper,
+    RequiresFittingException,
+    Task,
+)
 from torch import Tensor, nn
 
 from openood_sandi.detectors.options import options_of
-from openood_sandi.detectors.sandi import INFO
+from openood_sandi.detectors.sandi import INFO, calibrated
+from openood_sandi.detectors.sandi.calibrated import SandIC
 from openood_sandi.detectors.sandi.detector import SandI
 
-__all__ = ["SandIDetector"]
+__all__ = ["SandICDetector", "SandIDetector"]
 
 
 class SandIDetector(Detector):  # type: ignore[misc]
@@ -66,3 +75,66 @@ class SandIDetector(Detector):  # type: ignore[misc]
     def to(self, device: Any) -> SandIDetector:
         super().to(device)
         return self.set_hyperparameters()  # a fresh study of the network where it is now
+
+
+class SandICDetector(Detector):  # type: ignore[misc]
+    """S&I-C, this package's calibrated score (not the paper's), with the options of :class:`openood_sandi.SandIC`.
+
+    Args:
+        model: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes).
+        options: as for :class:`openood_sandi.SandIC`, checked at once.
+    """
+
+    info = DetectorInfo(
+        paper=Paper(
+            title=calibrated.INFO.title,
+            venue=calibrated.INFO.venue,
+            year=calibrated.INFO.year,
+            url=calibrated.INFO.url,
+        ),
+        tasks={Task.CLASSIFICATION},
+        ai_coded=True,
+    )
+    requires_fit = True
+    hyperparameter_space: ClassVar[dict[str, list[Any]]] = {
+        "base": ["max_logit+fdbd", "max_logit", "energy"],
+        "gate": [1.0, 1.5, 2.0],
+    }
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        if model is None:
+            raise ModelNotSetException("SandICDetector needs a model: it scores by the model's activations")
+        self.model = model
+        self.options = options
+        self._detector = SandIC(model, **options)
+
+    def fit(self, data_loader: Any, val: Any = None) -> SandICDetector:
+        """Fit to training images, and take means and deviations from ``val``, or from a tenth of them without it.
+
+        Both are loaders of images (B, C, H, W) and labels (B,), transformed as test images are.
+        """
+        self._detector.fit(data_loader, val)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores (B,) of images ``x`` (B, C, H, W), larger = more out-of-distribution.
+
+        Raises:
+            RequiresFittingException: there has been no :meth:`fit` since the options were set.
+        """
+        if not self._detector.statistics:
+            raise RequiresFittingException("SandICDetector has no prototypes: call fit first")
+        device = self.device
+        _, score = self._detector(x if device is None else x.to(device))
+        return score
+
+    def get_hyperparameters(self) -> dict[str, Any]:
+        options = options_of(SandIC) | self.options
+        return {name: options[name] for name in self.hyperparameter_space}
+
+    def set_hyperparameters(self, **options: Any) -> SandICDetector:
+        """Set any options of :class:`openood_sandi.SandIC`; another fit must follow."""
+        self._detector = SandIC(self.model, **{**self.options, **options})
+        self.options |= options
+        return self

@@ -23,7 +23,7 @@ from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.unreadable import UnreadableImage
 
 from . import methods
-from .console import progress
+from .console import Lines, progress
 from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer
@@ -52,7 +52,7 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
     @functools.cached_property
     def _all(self) -> tuple[Tensor, Tensor]:
         batches = self._images.loader(self._batch_size, self._workers)
-        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batch"), strict=True)
+        images, labels = zip(*progress(batches, f"decoding {self._images.name}", "batches"), strict=True)
         if replace(self._images).contents != self.contents:  # looked at anew
             raise RuntimeError(f"The images of {self._images.name} have changed while they were read; start again.")
         return torch.cat(images), torch.cat(labels)
@@ -110,6 +110,29 @@ class Failure:
     reason: str
 
 
+class Counted:
+    """A scorer that tells ``lines`` of the images ``now`` scored."""
+
+    def __init__(self, scorer: Scorer, lines: Lines | None, now: str) -> None:
+        self._scorer, self._lines, self._now = scorer, lines, now
+        self._scored = 0
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted classes and scores."""
+        found = self._scorer(images)
+        self._tell(len(images))
+        return found
+
+    def finish(self, images: int) -> None:
+        """Of so many images in all; those not scored here were at hand."""
+        self._tell(images - self._scored, at_hand=True)
+
+    def _tell(self, count: int, at_hand: bool = False) -> None:
+        self._scored += count
+        if self._lines:
+            self._lines.add(count, self._now, at_hand)
+
+
 class Evaluation:
     """One suite on one device; methods are scored and timed one after the other."""
 
@@ -130,11 +153,11 @@ class Evaluation:
         kept = self._suite.mapped(lambda images: images.without(bad[images.name]) if images.name in bad else images)
         return replace(kept, notes=(*kept.notes, *notes))
 
-    def scores(self, method: Method) -> dict[str, Scored]:
+    def scores(self, method: Method, lines: Lines | None = None) -> dict[str, Scored]:
         """The method's scores of every test set, by name, ID first, and of the validation ID set for a threshold.
 
         Those that are kept are not computed again, but for a batch of a set drawn at random: see
-        :mod:`openood_sandi.runs.canary`.
+        :mod:`openood_sandi.runs.canary`. ``lines`` are told of the images.
 
         Raises ValueError if a score is not finite, SourceError if all images of a set are damaged and left out.
         """
@@ -143,7 +166,7 @@ class Evaluation:
         fitted = any(need in method.options for need in ("training", "validation", "OOD validation"))
         checked = None if fitted else secrets.choice(self._suite.test_sets)
         for images in (*self._suite.test_sets, *(self._suite.validation or ())[:1]):
-            pred, scores, labels = self._scored(method, images, canary=images is checked)
+            pred, scores, labels = self._scored(method, images, images is checked, lines)
             damaged = self._damaged[images.name] = is_marked(labels)
             labels = np.where(damaged, marked(labels), labels)
             if images.unreadable == "skip":
@@ -156,11 +179,14 @@ class Evaluation:
             found[images.name] = Scored(pred, labels, scores.astype(np.float64))
         return found
 
-    def _scored(self, method: Method, images: ImageSet, canary: bool) -> tuple[npt.NDArray[Any], ...]:
+    def _scored(
+        self, method: Method, images: ImageSet, canary: bool, lines: Lines | None
+    ) -> tuple[npt.NDArray[Any], ...]:
         """Predictions, scores and labels, those of damaged images marked, from the cache or computed."""
+        scorer = Counted(lambda batch: self._scorer(method)(batch), lines, f"{method.name} on {images.name}")
         try:
-            return score_dataset(
-                lambda images: self._scorer(method)(images),
+            found = score_dataset(
+                scorer,
                 self._loader(images),
                 self._device,
                 cache=self._scores,
@@ -170,6 +196,8 @@ class Evaluation:
             )
         except UnreadableImage as error:  # no method can go on
             raise SourceError(str(error.__cause__ or error)) from error
+        scorer.finish(len(images))
+        return found
 
     def expense(self, method: Method) -> Expense:
         """What scoring ID images costs on this machine, measured once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,12 +30,15 @@ from .table import AVERAGE, Run, groups
 SHOWN = ("msp", "ebo", "gaia-z", "gaia-a", "sandi-z", "sandi-a", "sandi_c")
 """Methods that a picture with room for a few shows first."""
 COLOURS = dict(zip(SHOWN, ("#555555", "#d98e04", "#7fc8f8", "#f4a6a0", "#1b6ca8", "#b03a2e", "#3b1f5c"), strict=True))
-OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#2f4f4f", "#b8860b")
+OTHERS = ("#5aa469", "#8e6bb0", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#2f4f4f", "#7f7f00")
+CURVES = len(OTHERS)
 """For as many as a panel has room for."""
 EXAMPLES, SPLITS, ROOM = 2, 4, 5
 """What heat maps show: ID images, splits evenly spread over the network, and at most so many OOD sets, by an image."""
 ITERATIONS = 1000
 """Of moving labels apart."""
+FAR = 8
+"""Pixels from which on a label needs a line to its point."""
 T = TypeVar("T")
 ID_COLOUR, OOD_COLOUR, OURS_COLOUR = "#8a8a8a", "#b03a2e", "#1b6ca8"
 
@@ -71,11 +75,12 @@ def histograms(frame: pd.DataFrame, run: Run) -> Figure:
 
 def _histogram(panel: Axes, outcome: Outcome, suite: Suite, images: ImageSet) -> None:
     known, unknown = (outcome.scored[one.name].scores for one in (suite.in_distribution, images))
-    binned = curves.histogram(known, unknown, tuple(scored.scores for scored in outcome.scored.values()))
+    binned = curves.histogram(known, unknown, tuple(outcome.scored[one.name].scores for one in suite.test_sets))
     edges = np.linspace(binned.low, binned.high, len(binned.known) + 1)
     for shares, colour in ((binned.known, ID_COLOUR), (binned.unknown, OOD_COLOUR)):
         panel.stairs(shares, edges, fill=True, color=colour, alpha=0.6)
     panel.set_yticks([])
+    panel.set_ylim(0, 1.35 * max(*binned.known, *binned.unknown))  # room for the AUROC
     _plain(panel, "")
     panel.locator_params(axis="x", nbins=4)
     panel.tick_params(labelsize=7)
@@ -88,7 +93,7 @@ def roc_curves(frame: pd.DataFrame, run: Run) -> Figure:
     Of many methods, those in ``SHOWN`` first, as many as can be told apart.
     """
     suite, sets = run.suite, run.suite.out_of_distribution
-    names = sorted(run.outcomes, key=lambda name: name not in SHOWN)[: len(OTHERS)]  # sorting keeps the order of others
+    names = sorted(run.outcomes, key=lambda name: name not in SHOWN)[:CURVES]  # sorting keeps the order of others
     columns = 2 if len(sets) in (2, 4) else min(len(sets), 3)
     rows = math.ceil(len(sets) / columns)
     figure = Figure((3.6 * columns, 0.5 + 3.6 * rows), layout="constrained")
@@ -106,14 +111,15 @@ def roc_curves(frame: pd.DataFrame, run: Run) -> Figure:
 
 
 def _roc(panel: Axes, outcomes: Sequence[Outcome], suite: Suite, images: ImageSet, auroc: pd.Series) -> None:
-    for outcome, other in zip(outcomes, OTHERS, strict=False):
+    others = iter(OTHERS)
+    for outcome in outcomes:
         name = outcome.method.name
         known, unknown = (outcome.scored[one.name].scores for one in (suite.in_distribution, images))
         lost, caught = curves.roc(known, unknown)
         # GAIA's curves often lie on S&I's: dashed and on top, both are seen.
         style, above = ("--", 3) if name.startswith("gaia") else ("-", 2)
         (line,) = panel.plot(
-            100 * lost, 100 * caught, style, color=COLOURS.get(name, other), linewidth=1.5, zorder=above
+            100 * lost, 100 * caught, style, color=COLOURS.get(name) or next(others), linewidth=1.5, zorder=above
         )
         line.set_label(f"{name} {auroc[name, images.name]:.1f}")
     panel.axhline(95, color="black", linewidth=0.6, linestyle=":")
@@ -158,17 +164,28 @@ def _points(panel: Axes, rows: pd.DataFrame) -> None:
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.margins(0.12)
+    panel.margins(0.2, 0.12)
     panel.grid(alpha=0.25, linewidth=0.5)
 
 
 def _move_apart(panel: Axes) -> None:
-    """Labels off each other and off the points, with a line to the point that each belongs to."""
+    """Labels off each other and off the points, each with a line to its point."""
+    panel.autoscale(False)  # the layout has room for these ticks and no others
     texts = list(panel.texts)
     places = np.array([text.get_position() for text in texts])
-    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5}
-    # not until a time is up, which would make pictures differ from machine to machine
-    adjust_text(texts, *places.T, ax=panel, iter_lim=ITERATIONS, force_text=(0.5, 1.0), arrowprops=line)
+    for room in (1.0, 1.2, 1.4, 1.6, 1.8):  # the more, the less likely that two are left on each other
+        # not until a time is up, which would make pictures differ from machine to machine
+        adjust_text(
+            texts, *places.T, ax=panel, iter_lim=ITERATIONS, expand=(1.05 * room, 1.2 * room), force_text=(0.5, 1.0)
+        )
+        boxes = [text.get_window_extent() for text in texts]
+        if not any(one.overlaps(other) for one, other in combinations(boxes, 2)):
+            break
+    for text, box, point in zip(texts, boxes, panel.transData.transform(places), strict=True):
+        near = np.clip(point, box.min, box.max)
+        if np.hypot(*(near - point)) > FAR:
+            ends = panel.transData.inverted().transform([point, near])
+            panel.plot(*ends.T, color=text.get_color(), linewidth=0.5, alpha=0.6, zorder=2)
 
 
 def _auroc(frame: pd.DataFrame) -> pd.Series:

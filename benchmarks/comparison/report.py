@@ -82,7 +82,9 @@ def _text(frame: pd.DataFrame, spread: bool = True) -> pd.DataFrame:
         text[metric] = value
         if spread:
             *deviation, low, high = others
-            text[metric] += sum((" +- " + std for std in deviation), "") + " [" + low + ", " + high + "]"
+            for std in deviation:  # of several networks
+                text[metric] += " +- " + std
+            text[metric] += " [" + low + ", " + high + "]"
     for name, pattern in {**dict.fromkeys((*DECISION, "ID accuracy"), "{:.2f}"), **COSTS}.items():
         text[name] = ["" if pd.isna(value) else pattern.format(value) for value in frame[name]]
     return text

@@ -44,8 +44,14 @@ class ImageSet:
     @functools.cached_property
     def contents(self) -> str:
         """:attr:`fingerprint` with what is in the files, if the images are files: all are read, if not known yet."""
-        known = getattr(self.dataset, "contents", None)
-        return known if isinstance(known, str) else keys.contents(self.dataset, default_cache(), self.fingerprint)
+        dataset: Any = self.dataset
+        chosen: list[list[int]] = []
+        while isinstance(dataset, Subset):
+            dataset, chosen = dataset.dataset, [*chosen, list(dataset.indices)]
+        known = getattr(dataset, "contents", None)
+        if isinstance(known, str):
+            return digest(known, chosen, self.fingerprint) if chosen else known
+        return keys.contents(self.dataset, default_cache(), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # Dataset itself does not promise a length

@@ -3,7 +3,7 @@
 A hook that returns nothing and writes into nothing only looks. It is called once a clean pass, outside of the record,
 with detached tensors of the network's own shapes, and not at all in replays, whose tensors have lanes. A hook that
 changes what flows on is part of the function and runs like the rest of it. Which kind a hook is shows in the first
-plain pass, before anything is recorded.
+plain pass, before anything is recorded; one that changes something in a later batch alone is an error of that record.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from openood_sandi.engine import lanes, tape
+from openood_sandi.engine.errors import ReplayError
 
 __all__ = ["tame"]
 
@@ -33,21 +34,39 @@ class _TamedHook:
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
-        self._changes = False
+        self._seen = _Seen()
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         running = tape.running()
         if running is None:
-            before = list(_versions(given))
-            result = self._hook(module, *given)
-            self._changes = self._changes or result is not None or before != list(_versions(given))
-            return result
-        if self._changes:
+            return self._observed(module, given)
+        if self._seen.to_change:
             return self._hook(module, *given)
         if not running.is_replay:
             with torch._C.DisableTorchFunction():
-                self._hook(module, *lanes.map_tensors(given, lambda tensor: running.current(tensor).detach()))
+                self._observed(module, lanes.map_tensors(given, lambda tensor: running.current(tensor).detach()))
+            if self._seen.to_change:
+                raise ReplayError(
+                    f"a hook on a {type(module).__name__} changes what flows on in this batch, and did not in the first"
+                )
         return None
+
+    def _observed(self, module: nn.Module, given: Any) -> Any:
+        """What the hook returns, after a look at whether it changes anything."""
+        before = list(_versions(given))
+        result = self._hook(module, *given)
+        if result is not None or before != list(_versions(given)):
+            self._seen.to_change = True
+        return result
+
+
+class _Seen:
+    """What a hook was seen to do. In a slot, for attributes are put back after each batch."""
+
+    __slots__ = ("to_change",)
+
+    def __init__(self) -> None:
+        self.to_change = False
 
 
 def _versions(given: Any) -> Iterator[int]:

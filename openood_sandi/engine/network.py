@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from openood_sandi.engine import checks, lanes
 from openood_sandi.engine.agreement import disagreement
 from openood_sandi.engine.contents import version
-from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.errors import BackwardError, ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
@@ -77,7 +77,8 @@ class SplitNetwork:
         """The number of logits, known after the first batch."""
         self._choose: Choice = splits if callable(splits) else partial(_named, splits)
         self._splits: tuple[Split, ...] = ()
-        self._shape = torch.Size()
+        self._found_for: tuple[torch.Size, int] | None = None
+        """Of which images, C x H x W, and in which making of the twin, the split points were found."""
         self._bytes_per_pixel = 0.0
         self._budget = MemoryBudget()
         self._twin = Twin(self.net)
@@ -99,7 +100,7 @@ class SplitNetwork:
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """The split points in call order, found on the first batch, and again where the size of the images changes.
+        """The split points in call order, found on the first batch; again where the images' size or a layer changes.
 
         Raises:
             RuntimeError: before the first batch, on which they are found.
@@ -223,7 +224,8 @@ class SplitNetwork:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone() if x.is_inference() else x.detach()
             try:
-                if self._shape != x.shape[1:]:  # which dimensions are the images' can depend on their size
+                # which dimensions are the images' can depend on their size; a replaced layer may be no split point
+                if self._found_for != (x.shape[1:], self._made):
                     self._find_splits(next(self._budget.parts(x[:2], 2)))
                 self._require_agreement(x[:2])
                 try:
@@ -277,10 +279,10 @@ class SplitNetwork:
         self._bytes_per_pixel = found.size / x.numel()
         try:
             self._splits = tuple(self._choose(self, found, noise))
-        except ReplayError as error:
+        except BackwardError as error:
             self._go_plain(str(error))
             self._splits = tuple(self._choose(self, found, noise))
-        self._shape = x.shape[1:]
+        self._found_for = x.shape[1:], self._made
 
 
 def _named(wanted: str | Sequence[str], network: SplitNetwork, found: RecordedNetwork, x: Tensor) -> Sequence[Split]:

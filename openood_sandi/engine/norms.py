@@ -43,6 +43,8 @@ def channels_of(module: nn.Module) -> int | None:
         return module.num_features
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):  # a kernel that is a vector counts positions
+        return None
     held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     lengths = {tensor.numel() for tensor in held if _is_vector(tensor) and tensor.numel() > 1}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:

@@ -44,7 +44,14 @@ _OF_CLASSES = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__hash__", "__classcell__"),
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__"),
     *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__"),
-    *("__orig_bases__", "__type_params__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"),
+    *(
+        "__slotnames__",
+        "__orig_bases__",
+        "__type_params__",
+        "__dataclass_fields__",
+        "__dataclass_params__",
+        "__match_args__",
+    ),
 }
 #: The bytes of an object without slots, its references to attributes and to weak references counted.
 _BARE = 32

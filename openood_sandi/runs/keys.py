@@ -146,7 +146,9 @@ def _below(value: Any, folder: str) -> Any:
     """``value`` with names of files as they are below ``folder``."""
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        return text.removeprefix(folder) if os.path.join(text, "") != folder else "the folder"
+        if text.startswith(folder):
+            return text[len(folder) :]
+        return "the folder" if len(text) == len(folder) - 1 and folder.startswith(text) else value
     if type(value) in (list, tuple):
         return type(value)(_below(item, folder) for item in value)
     return value

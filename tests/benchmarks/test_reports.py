@@ -118,7 +118,8 @@ def test_csv_and_json_hold_the_table_at_full_precision(tmp_path: Path) -> None:
     report.write(tmp_path, frame, [known], [], ABOUT)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), frame)
     record = pd.read_json(tmp_path / "results.json", typ="series", precise_float=True)
-    pd.testing.assert_frame_equal(pd.DataFrame(record["results"]), frame)
+    read = pd.DataFrame(record["results"]).astype(frame.dtypes.to_dict())  # a column of nulls has no type
+    pd.testing.assert_frame_equal(read, frame)
     assert record["methods"][0]["options"] == {"variant": "Z"}
     assert record["sets"][1] == {
         "name": "tin",

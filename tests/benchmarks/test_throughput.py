@@ -124,7 +124,7 @@ def test_the_resnet_without_additions_in_place_is_torchvisions() -> None:
 @pytest.mark.parametrize(
     "options", [SandIOptions(), SandIOptions(combine="union"), SandIOptions(combine="intersection", steps=3)]
 )
-@pytest.mark.parametrize("name", ["resnet18", "wrn40-2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("wrn40-2", marks=pytest.mark.slow)])
 def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, released: bool) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()
@@ -144,7 +144,7 @@ def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, rele
 
 @pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
 @pytest.mark.parametrize("options", [SandIOptions("A"), SandIOptions("A", steps=1, top_fraction=1.0)])
-@pytest.mark.parametrize("name", ["bit-s-r101x1", "resnet50"])
+@pytest.mark.parametrize("name", [pytest.param("bit-s-r101x1", marks=pytest.mark.slow), "resnet50"])
 def test_loops_give_the_averages_of_sandi_a(name: str, options: SandIOptions, released: bool) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()

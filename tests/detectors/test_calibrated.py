@@ -68,6 +68,18 @@ def test_scores_are_those_of_the_definition(name: str) -> None:
     assert_agrees(fitted(net, use_z="always", gate=0.5), reference, use_z=True, gate=0.5)
 
 
+@pytest.mark.parametrize("low", [-1.0, torch.zeros(1, dtype=torch.double), torch.zeros(16, dtype=torch.double)])
+def test_clipping_from_elsewhere_than_zero_is_no_activation(low: Any) -> None:
+    class Clipping(Staged):
+        def forward(self, x: Tensor, tell: Any = None) -> Tensor:
+            return super().forward(x.clamp(low), tell) if tell else super().forward(torch.clamp(x, min=low))
+
+    net = made(lambda: Clipping(F.relu))
+    assert_agrees(
+        fitted(net, use_z="always"), Reference(net, (0, 1, 2)).fit(TRAINING, LABELS.tolist(), VAL), use_z=True
+    )
+
+
 def test_a_clip_that_no_value_reaches_could_not_fail() -> None:
     net = made(lambda: Staged(nn.Hardtanh(0, 0.5)))
     assert any(read(net, x, 0.5, 1).shares != read(net, x, math.inf, 1).shares for x in SEEN)

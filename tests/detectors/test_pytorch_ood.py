@@ -9,18 +9,18 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from openood_sandi import SandI
+from openood_sandi import SandI, SandIC
 from tests.helpers import tiny_suite
 from tests.helpers.places import ROOT
 
 pytest.importorskip("pytorch_ood", reason='pytorch-ood is missing; supply it by pip install -e ".[bench]"')
 
-from pytorch_ood.api import Detector, Task
+from pytorch_ood.api import Detector, RequiresFittingException, Task
 from pytorch_ood.benchmark import Benchmark
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
 
-from openood_sandi.pytorch_ood import SandIDetector
+from openood_sandi.pytorch_ood import SandICDetector, SandIDetector
 
 
 def dataset(seed: int, coarseness: int, label: int) -> TensorDataset:
@@ -102,3 +102,30 @@ def test_the_package_imports_without_pytorch_ood() -> None:
     assert users == ["pytorch_ood.py"]
     importers = [path.name for path in sources.glob("*.py") if "openood_sandi.pytorch_ood" in path.read_text()]
     assert importers == ["pytorch_ood.py"]
+
+
+def test_the_calibrated_detector_is_fitted_and_scores_as_ours(net: nn.Module) -> None:
+    labels = torch.arange(30) % tiny_suite.CLASSES
+    training = DataLoader(TensorDataset(tiny_suite.images(30, 5, 5), labels), batch_size=8)
+    val = DataLoader(TensorDataset(tiny_suite.images(20, 6, 5), torch.full((20,), -1)), batch_size=8)
+    images = tiny_suite.images(6, 0, 5)
+    detector = SandICDetector(net, gate=1.0)
+    with pytest.raises(RequiresFittingException, match="call fit first"):
+        detector(images)
+    expected = SandIC(net, gate=1.0).fit(training, val)(images)[1]
+    assert torch.equal(detector.fit(training, val)(images), expected)
+    assert torch.equal(detector.to("cpu")(images), expected)
+    changed = detector.set_hyperparameters(base="energy")
+    assert changed.get_hyperparameters() == {"base": "energy", "gate": 1.0}
+    with pytest.raises(RequiresFittingException):
+        changed(images)
+
+
+def test_the_librarys_search_fits_the_calibrated_detector(
+    net: nn.Module, known_and_unknown: ConcatDataset[tuple[Tensor, Tensor]]
+) -> None:
+    labels = torch.arange(60) % tiny_suite.CLASSES
+    training = DataLoader(TensorDataset(tiny_suite.images(60, 5, 5), labels), batch_size=20)
+    search = GridSearch(SandICDetector(net), training, DataLoader(known_and_unknown, batch_size=5), device="cpu")
+    search.run()
+    assert search.detector.predict(tiny_suite.images(2, 0, 5)).isfinite().all()

@@ -314,3 +314,13 @@ def test_reading_is_taken_up_again_after_batches_that_prove_nothing() -> None:
         net.c0.bias.zero_()
     batches = [torch.zeros_like(x)] * 2 + [3 * x] * 9
     require_exact(net, batches, least=0.5)
+
+
+def test_in_low_precision_every_gradient_is_computed() -> None:
+    """Its sums are zero by accident in some images and not in others, whatever full precision has shown before."""
+    net, x = made(Plain, torch.float32), images(16).float()
+    detector, exact = SandI(net, variant="Z"), SandI(net, variant="Z", rectifier_shortcut=False)
+    detector(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in x.split(4):
+            assert torch.equal(detector(batch)[1], exact(batch)[1])

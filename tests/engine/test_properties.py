@@ -180,7 +180,7 @@ def test_a_score_is_that_of_the_image_alone(
     assert_close(other(torch.cat([x, x]))[1], torch.cat([tau, tau]))
 
 
-@FEW
+@settings(FEW, max_examples=20)
 @given(net=some_networks, x=some_images, options=some_options)
 def test_ranges(net: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
     """E of Z is a share, and grows from intersection through count to union; tau is the norm of E."""

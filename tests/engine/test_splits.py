@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from openood_sandi import SandI
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
 from tests.helpers import split_networks as N
+from tests.helpers.cases import prepared
+from tests.helpers.oracle import Options, Reference
+from tests.helpers.trap_networks import InPlaceResidual
 
 
 def recorded(net: nn.Module, size: tuple[int, int] = (8, 8), images: int = 2) -> RecordedNetwork:
@@ -233,3 +237,39 @@ class Gated(nn.Module):
 
 def test_half_a_result_is_no_split_point() -> None:
     assert names(recorded(Gated()).splits("all", default="all")) == ["stem"]
+
+
+def test_split_points_are_found_again_where_a_layer_is_replaced() -> None:
+    net, x = prepared(InPlaceResidual)
+    detector = SandI(net, variant="Z")
+    detector(x)
+    net.norm1 = nn.Identity()
+    tau = detector(x)[1]
+    assert "norm1" not in detector.split_names
+    assert torch.equal(tau, SandI(net, variant="Z")(x)[1])
+
+
+def test_a_kernel_that_is_a_vector_does_not_count_channels() -> None:
+    """As in efficient channel attention: a convolution over the channels, and a gate of what it returns."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 5, padding=2, bias=False)
+            self.gate = nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = x.mean((2, 3)).unsqueeze(1)
+            return x * self.gate(self.conv(pooled)).transpose(1, 2).unsqueeze(-1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), Gate(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 4)
+    )
+    net = net.double().eval()
+    x = torch.randn(3, 3, 9, 9, dtype=torch.float64)
+    detector = SandI(net, variant="Z")
+    densities = detector.densities(x)
+    assert list(densities) == ["0", "2.conv", "3"] and densities["2.conv"].shape == (3, 1)
+    for split, expected in Reference(net, x, ("0", "3"), Options("Z")).densities().items():
+        torch.testing.assert_close(densities[split], expected, rtol=1e-12, atol=0)

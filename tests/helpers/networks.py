@@ -240,8 +240,8 @@ ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]
 
 #: Those that take seconds against a reference.
 SLOW = {
-    *("bit", "inception_v3", "googlenet", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
-    *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5"),
+    *("alexnet", "bit", "googlenet", "inception_v3", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
+    *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5", "swin_v2"),
 }
 #: Each network, for a test's parameter ``case``.
 each = pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_main_does_not_know_it_unregistered(checkout: Path) -> None:
     assert result.returncode == 1 and "there is no such postprocessor" in result.stderr
 
 
+@pytest.mark.slow
 def test_evaluator_and_pickle(checkout: Path, module: Any) -> None:
     evaluation = evaluator(checkout, postprocessor_name="mean_gradient")
     evaluation.eval_ood(progress=False)

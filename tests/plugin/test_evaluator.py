@@ -69,6 +69,7 @@ def test_evaluator_by_name(checkout: Path) -> None:
     assert git_status(checkout) == ""
 
 
+@pytest.mark.slow
 def test_evaluator_with_an_instance(checkout: Path) -> None:
     from openood_sandi.postprocessor import GAIAPostprocessor
 

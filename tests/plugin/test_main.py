@@ -84,18 +84,6 @@ def test_without_config_beside_the_checkout(checkout: Path) -> None:
     assert git_status(checkout) == ""
 
 
-def test_editable_install_and_in_the_checkout_again(checkout: Path) -> None:
-    arguments = ["--postprocessor", "sandi", *LAST_STAGE, "--mark", "again"]
-    installation.run(installation.editable_python(), "openood/main.py", *arguments, cwd=checkout.parent)
-    check_against(SandI(tiny.network(), splits="last_stage"), checkout, results(checkout, mark="again"))
-    first = scores(results(checkout, mark="again"))
-    shutil.rmtree(results(checkout, mark="again") / "scores")
-    # the folder of results is there already: OpenOOD's default would ask on stdin what to do about it
-    main(*arguments, cwd=checkout)
-    for name, arrays in scores(results(checkout, mark="again")).items():
-        np.testing.assert_array_equal(arrays["conf"], first[name]["conf"])
-
-
 def test_overrides_and_paths_from_here(checkout: Path, tmp_path: Path) -> None:
     shutil.copy(checkout / tiny.CHECKPOINT, tmp_path / "mine.ckpt")
     options = {"variant": "A", "splits": "layer3.*,layer4.*", "steps": 3, "step_size": 0.1, "epsilon": 2.0}
@@ -126,12 +114,30 @@ def test_config_and_postprocessor(checkout: Path) -> None:
     check_against(SandI(tiny.network(), splits="last_stage"), checkout, results(checkout, mark="config"))
 
 
-def test_config_with_a_yml_that_the_checkout_lacks(checkout: Path) -> None:
+@pytest.fixture(scope="module")
+def last_stage(checkout: Path) -> Path:
+    """Results of the wheel with a yml that the checkout lacks."""
     file = "configs/postprocessors/sandi.yml"
     assert not (checkout / file).exists()
     main("--config", *CONFIGS, file, *OVERRIDES, *LAST_STAGE, "--mark", "yml", cwd=checkout)
-    check_against(SandI(tiny.network(), splits="last_stage"), checkout, results(checkout, mark="yml"))
+    return results(checkout, mark="yml")
+
+
+def test_config_with_a_yml_that_the_checkout_lacks(checkout: Path, last_stage: Path) -> None:
+    check_against(SandI(tiny.network(), splits="last_stage"), checkout, last_stage)
     assert git_status(checkout) == ""
+
+
+def test_editable_install_and_results_that_are_there_already(checkout: Path, last_stage: Path) -> None:
+    first = scores(last_stage)
+    shutil.rmtree(last_stage / "scores")
+    # OpenOOD's default would ask on stdin what to do about the folder
+    arguments = ["--postprocessor", "sandi", *LAST_STAGE, "--mark", "yml"]
+    installation.run(installation.editable_python(), "openood/main.py", *arguments, cwd=checkout.parent)
+    again = scores(last_stage)
+    assert list(again) == list(first)
+    for name, arrays in again.items():
+        np.testing.assert_array_equal(arrays["conf"], first[name]["conf"])
 
 
 def test_gaia_is_one_step(checkout: Path) -> None:

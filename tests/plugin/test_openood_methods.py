@@ -143,6 +143,7 @@ def test_same_bits_as_the_evaluator(world: SimpleNamespace, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["odin", "react", "gen", "nci"])
+@pytest.mark.slow
 def test_search_chooses_what_the_evaluator_chooses(world: SimpleNamespace, name: str) -> None:
     evaluation = evaluator(world, name, "searching")
     chosen = evaluation.postprocessor.get_hyperparam()

@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers import installation
 
+pytestmark = pytest.mark.slow  # every test installs the wheel
+
 
 def broken(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda packages: (packages / "openood_sandi" / name).write_bytes(content) and None

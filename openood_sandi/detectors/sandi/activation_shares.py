@@ -32,7 +32,7 @@ _HEADS = frozenset(("linear", "conv2d"))
 _Clip = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 
 
-def _argument(position: int, name: str, default: float) -> _Clip:
+def _argument(position: int, name: str, default: float | None) -> _Clip:
     return lambda args, kwargs: args[position] if len(args) > position else kwargs.get(name, default)
 
 
@@ -85,7 +85,8 @@ def activation_pass(net: nn.Module, x: Tensor, axes: Sequence[int | None]) -> Ac
             f"the network called {counting.seen} activations for these images and {len(axes)} for the first ones; "
             "expected a network whose calls do not depend on the images. Use one detector for each of its paths"
         )
-    return ActivationPass(logits, counting.counts, counting.positions, counting.last)
+    feature = None if counting.last is None else _feature(*counting.last)
+    return ActivationPass(logits, counting.counts, counting.positions, feature)
 
 
 class _Counting(TorchFunctionMode):
@@ -94,18 +95,18 @@ class _Counting(TorchFunctionMode):
         self.axes, self.seen = axes, 0
         self.counts: dict[int, Tensor] = {}
         self.positions: dict[int, int] = {}
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.last: tuple[Sequence[Any], Mapping[str, Any], Any] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        given = activation_input(func, args, kwargs)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        given = activation_input(func, args, kwargs) if name in _CLIPS else None
         if given is not None:  # before the call, which may write into its input
             self._count(*given)
         result = func(*args, **kwargs)
-        if getattr(func, "__name__", "") in _HEADS:
-            self.last = _feature(args, kwargs, result)
+        if name in _HEADS:
+            self.last = args, kwargs, result
         return result
 
     def _count(self, x: Tensor, clip: float) -> None:
@@ -127,7 +128,8 @@ def activation_input(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
     floor = _FLOORS.get(name.rstrip("_"))
-    if floor and _argument(1, floor, math.nan)(args, kwargs) != 0:
+    low = _argument(1, floor, None)(args, kwargs) if floor else 0
+    if not isinstance(low, (int, float)) or low != 0:  # also a tensor of floors
         return None
     clip = _CLIPS[name](args, kwargs)
     return (x, math.inf if clip is None else clip) if isinstance(clip, (int, float, type(None))) else None

@@ -13,8 +13,8 @@ the logits tell. So here the densities speak only where they exceed what ID data
 where ^ subtracts the mean and divides by the standard deviation over ID images that no prototype was computed from.
 The floor keeps overconfident logits from outweighing the densities. One forward pass; nothing is differentiated.
 
-Where classes have too few images, or no labels, there is one prototype a layer. Z is then needed to tell what classes'
-prototypes do: ``use_z="auto"`` adds it only there.
+Where classes have too few images, or no labels, there is one prototype a layer, and ``use_z="auto"`` adds Z only there.
+With prototypes by class it costs near-OOD more than it gains on validation images, and counting all maps takes time.
 """
 
 from __future__ import annotations

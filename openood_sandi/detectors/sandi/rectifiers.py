@@ -112,6 +112,8 @@ class _Unreadable(Exception):
     """The network has something that no mask tells of."""
 
 
+_PRECISE = (torch.float32, torch.float64)
+"""Sums of products in fewer bits are zero by accident, or too small, all the time."""
 _POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
 _VIEWS = frozenset(("flatten", "view", "reshape"))
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
@@ -141,7 +143,7 @@ class _Graph:
         rows = set()
         for position, call in self._derived():
             is_map = isinstance(call.result, Tensor) and call.result.dim() > 1 and bool(call.producers)
-            if not is_map or not self._is_covered(position):
+            if not is_map or call.result.dtype not in _PRECISE or not self._is_covered(position):
                 raise _Unreadable
             rows.add(len(call.result))
             if len(rows) > 1:  # images folded into the batch, or something that is none of them

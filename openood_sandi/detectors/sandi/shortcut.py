@@ -151,7 +151,8 @@ class ShortcutDensities:
             return self._computed(x)
         self._seen += len(x)
         # a network may treat an image alone otherwise
-        key = (*x.shape[1:], len(x) == 1, x.dtype, x.device, self._network.weights_version())
+        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
+        key = (*kind, self._network.weights_version())
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
