@@ -16,7 +16,7 @@ share of coordinates, ``mask_ratio``, has a default of our own choosing, to be s
 class stays the unmodified network's.
 
 A caution: on the networks that we measured, it ranks below the energy itself (README, Side by side). So it does at the
-maps of the last two stages of a CIFAR-100 ResNet-18, by less the earlier the map and the smaller the share.
+maps of the last two stages of a CIFAR-100 ResNet-18, with shares of 2 and 10 %.
 """
 
 from __future__ import annotations
