@@ -123,9 +123,9 @@ def each(
 
 
 def long_path(parity: Parity, entry: Entry) -> bool:
-    """Seconds each: Z through a deep network in float64 or for many steps. BiT, of few splits, goes the same ways."""
+    """Seconds each: Z in a deep network in float64 or for several steps. BiT, with few splits, goes the same ways."""
     deep = len(parity.splits) > 16
-    return deep and entry.kind == "Z" and (entry.precision == "f64" or entry.steps > 2)
+    return deep and entry.kind == "Z" and (entry.precision == "f64" or entry.steps > 1)
 
 
 def chaotic(entry: Entry) -> bool:
