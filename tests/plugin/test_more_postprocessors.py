@@ -55,7 +55,7 @@ class Images(Dataset[dict[str, torch.Tensor]]):
         return {"data": self.transform_image(self.images[index]), "label": index % tiny_suite.CLASSES}
 
 
-def test_a_fit_from_python_is_to_images_as_a_test_has_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_from_python_is_to_images_as_a_test_has_them(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
     from openood_sandi.postprocessor import PrototypeFusionPostprocessor
 
     images, net = tiny_suite.images(40, 1, 5), tiny_suite.network()
@@ -79,7 +79,7 @@ def test_a_fit_from_python_is_to_images_as_a_test_has_them(caplog: pytest.LogCap
     assert "augmented" in caplog.text
 
 
-def test_options_from_python_without_a_configuration() -> None:
+def test_options_from_python_without_a_configuration(checkout: Path) -> None:
     from openood_sandi.postprocessor import SandIPostprocessor
 
     net, x = tiny_suite.network(), tiny_suite.images(4, 0, 5)
