@@ -89,7 +89,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["openood_sandi", "openood_sandi.*"]),
     package_data={"openood_sandi": ["py.typed"]},
-    install_requires=["numpy", "torch>=2.6"],
+    install_requires=["numpy", "safetensors", "torch>=2.6"],
     extras_require={
         "openood": OPENOOD,
         "bench": BENCH,
@@ -98,9 +98,10 @@ setup(
         "dev": ["mypy", "pre-commit", "ruff"],
     },
     entry_points={
+        "console_scripts": ["openood-sandi = openood_sandi.command:main"],
         "openood.postprocessors": [
             f"{name} = openood_sandi.postprocessor:{postprocessor}" for name, (_, postprocessor) in DETECTORS.items()
-        ]
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -111,9 +111,12 @@ assert measured["S&I"]["near"] < measured["MSP"]["near"]
 
 # %%
 held_out, reported = test[::2], test[1::2]
-threshold = detector(held_out)[1].quantile(0.95)
-for name, x in {"ID": reported, "near": near, "far": far}.items():
-    print(f"{name}: {(detector(x)[1] > threshold).float().mean():.1%} rejected")
+detector.fit(train, val=held_out, tpr=0.95)
+print(f"threshold: {detector.threshold:.4g}")
+sets = {"ID": reported, "near": near, "far": far}
+rejected = {name: detector.is_ood(x).float().mean().item() for name, x in sets.items()}
+print({name: f"{share:.1%}" for name, share in rejected.items()})
+assert rejected["ID"] < 0.15 and rejected["far"] > 0.9
 
 # %% [markdown]
 # ## A heat map

@@ -132,7 +132,7 @@ def _curves(outcome: Outcome, suite: Suite, values: pd.DataFrame) -> dict[str, A
     """A method's threshold, and by OOD set its histogram, ROC curve and metrics."""
     known = outcome.scored[suite.in_distribution.name].scores
     everything = tuple(outcome.scored[images.name].scores for images in suite.test_sets)
-    least = curves.threshold(known)
+    least = curves.threshold(outcome.scored[_fitted_on(suite, outcome)].scores)
     found = {}
     for images in suite.out_of_distribution:
         unknown = outcome.scored[images.name].scores
@@ -148,7 +148,18 @@ def _curves(outcome: Outcome, suite: Suite, values: pd.DataFrame) -> dict[str, A
             "auroc": _short(float(values.loc[images.name, "AUROC"])),
             "fpr": _short(float(values.loc[images.name, FPR_PAPER])),
         }
-    return {"threshold": _short(least), "kept": _short(float(np.mean(known <= least))), "sets": found}
+    return {
+        "fitted": _fitted_on(suite, outcome),
+        "threshold": _short(least),
+        "kept": _short(float(np.mean(known <= least))),
+        "sets": found,
+    }
+
+
+def _fitted_on(suite: Suite, outcome: Outcome) -> str:
+    """The set of which the threshold keeps 95 %: validation ID images, as in the table, or the ID test images."""
+    validation = suite.validation[0].name if suite.validation else ""
+    return validation if validation in outcome.scored else suite.in_distribution.name
 
 
 def _short(value: float) -> float | None:

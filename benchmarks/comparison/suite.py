@@ -44,7 +44,8 @@ class ImageSet:
     @functools.cached_property
     def contents(self) -> str:
         """:attr:`fingerprint` with what is in the files, if the images are files: all are read, if not known yet."""
-        dataset, chosen = self.dataset, []
+        dataset: Any = self.dataset
+        chosen: list[list[int]] = []
         while isinstance(dataset, Subset):
             dataset, chosen = dataset.dataset, [*chosen, list(dataset.indices)]
         known = getattr(dataset, "contents", None)

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import pandas as pd
 
-from . import metrics
+from . import curves, metrics
 from .console import progress
 from .cost import Expense
 from .evaluation import Outcome
@@ -20,8 +20,6 @@ FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
 METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
 """Columns of the metrics, in percent. Beside each is its spread: ``low``, ``high`` and, of several runs, ``std``."""
-KEPT = 0.95
-"""Of the validation ID images, the share that the fitted threshold keeps."""
 DECISION = ("ID lost at threshold", "OOD let in at threshold")
 """Columns of what the fitted threshold does to test images, in percent."""
 AVERAGE = "average"
@@ -121,7 +119,7 @@ def decisions(outcome: Outcome, suite: Suite) -> dict[Place, Floats]:
     if not suite.validation or suite.validation[0].name not in outcome.scored:
         return _averaged(suite, lambda _: np.full(2, np.nan))
     fitted = outcome.scored[suite.validation[0].name].scores
-    threshold = np.quantile(fitted, KEPT, method="inverted_cdf")
+    threshold = curves.threshold(fitted)
     lost = np.mean(outcome.scored[suite.in_distribution.name].scores > threshold)
     return _averaged(suite, lambda images: np.array([lost, np.mean(outcome.scored[images.name].scores <= threshold)]))
 

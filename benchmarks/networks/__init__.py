@@ -3,6 +3,6 @@
 Module names are those of the weights that people have, so that published state dicts load as they are.
 """
 
+from openood_sandi.weights import SourceError
 
-class SourceError(ValueError):
-    """The data, network or weights asked for cannot be had; the message says what to do."""
+__all__ = ["SourceError"]

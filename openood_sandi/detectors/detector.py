@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -178,18 +179,22 @@ class Detector(ABC):
 
     # ------------------------------------------------------------------ files
 
-    def save(self, file: str | Path) -> None:
+    def save(self, file: str | Path, notes: Mapping[str, str] | None = None) -> None:
         """Write options, what was learnt and the threshold, but not the network, to a safetensors file.
 
         With it go what tells the network from others, and the scores of a few seeded images, which :meth:`load`
         compares. Nothing in the file is ever executed.
+
+        Args:
+            file: where it is to be; what is there is replaced at once, or stays.
+            notes: whatever else the file should say, for its reader, such as how images were transformed.
 
         Raises:
             RuntimeError: the detector has not been fitted.
         """
         if self.threshold is None:
             raise RuntimeError("there is nothing to save yet: call fit first, or set threshold")
-        saved.save(self, file)
+        saved.save(self, file, notes or {})
 
     @classmethod
     def load(cls, file: str | Path, net: nn.Module, **others: Any) -> Any:

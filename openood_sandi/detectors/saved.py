@@ -43,7 +43,7 @@ class Saved(NamedTuple):
     """What was learnt, and the scores of the probe."""
 
 
-def save(detector: Detector, file: str | Path) -> None:
+def save(detector: Detector, file: str | Path, notes: Mapping[str, str]) -> None:
     """Write ``detector``, which is fitted, as :meth:`.detector.Detector.save` says."""
     from safetensors.torch import save as in_safetensors
 
@@ -66,6 +66,7 @@ def save(detector: Detector, file: str | Path) -> None:
             "splits": detector.split_names,
             "network": _identity(detector.net),
             "torch": torch.__version__,
+            "notes": dict(notes),
         }
     )
     head = json.dumps({"format": _FORMAT, "about": about, "digest": _digest(about, tensors)})

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.errors import BackwardError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.tape import Site
 
@@ -121,11 +121,11 @@ def _refused_by_autograd() -> Iterator[None]:
     chosen tensors, and what they or custom functions compute may not fit several copies.
 
     Raises:
-        ReplayError: with the error that was raised.
+        BackwardError: with the error that was raised.
     """
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ReplayError(f"autograd cannot go back through the recorded pass ({error})") from error
+        raise BackwardError(f"autograd cannot go back through the recorded pass ({error})") from error

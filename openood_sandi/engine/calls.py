@@ -54,6 +54,7 @@ _FOLD = {
 }
 _BY_STRIDE = _functions("as_strided")
 _BATCH_NORM = _functions("batch_norm")
+_DROPOUT = _functions("dropout", "feature_dropout")
 _ATTENTION = _functions("scaled_dot_product_attention")
 _RECURRENT = _functions("lstm", "gru", "rnn_tanh", "rnn_relu")
 _CELL = _functions("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -105,7 +106,7 @@ def _shortcut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rank = perturbed[0].dim() - 1
     largest = max(tensor.dim() - (lanes_of(tensor) is not None) for tensor in operands)
     first_only = len(perturbed) == 1 and bool(args) and args[0] is perturbed[0]
-    if func in _UNARY and first_only and (rank == largest or func is F.linear):
+    if func in _UNARY and first_only and (rank == largest or func is F.linear) and not _drops(func, args, kwargs):
         return func(*args, **kwargs)
     if func in _BROADCAST and all(tensor.dim() > 1 for tensor in perturbed):  # numbers promote otherwise than tensors
         args, kwargs = map_tensors((args, kwargs), lambda t: t if lanes_of(t) is None else align(t, ids, largest))
@@ -128,6 +129,11 @@ def _shortcut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         entering = map_tensors(args[:2], lambda t: widen(t, ids).flatten(0, 1))  # features and states (batch, features)
         return map_tensors(func(*entering, *args[2:]), lambda t: t.unflatten(0, (len(ids), -1)))
     return None
+
+
+def _drops(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is a dropout that is active: each copy would lose other elements than the clean tensor did."""
+    return func in _DROPOUT and bool(kwargs.get("training", args[2] if len(args) > 2 else True))
 
 
 def _trains(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from openood_sandi.engine import checks, lanes
 from openood_sandi.engine.agreement import disagreement
 from openood_sandi.engine.contents import version
-from openood_sandi.engine.errors import ReplayError
+from openood_sandi.engine.errors import BackwardError, ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
@@ -279,7 +279,7 @@ class SplitNetwork:
         self._bytes_per_pixel = found.size / x.numel()
         try:
             self._splits = tuple(self._choose(self, found, noise))
-        except ReplayError as error:
+        except BackwardError as error:
             self._go_plain(str(error))
             self._splits = tuple(self._choose(self, found, noise))
         self._found_for = x.shape[1:], self._made

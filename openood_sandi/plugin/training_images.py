@@ -27,14 +27,14 @@ def as_tested(train: Any, val: Any) -> Any:
         val: a loader of its validation images, or None: then the images stay as they are, with a warning.
     """
     dataset: Any = getattr(train, "dataset", None)
-    if not isinstance(train, DataLoader) or not hasattr(dataset, "preprocessor"):
+    if not isinstance(train, DataLoader) or not hasattr(dataset, "transform_image"):
         return train
-    tested = getattr(getattr(val, "dataset", None), "preprocessor", None)
+    tested = getattr(getattr(val, "dataset", None), "transform_image", None)
     if tested is None:
         _log.warning("no validation images show how test images are transformed: the fit is to augmented ones")
         return train
     dataset = copy.copy(dataset)
-    dataset.preprocessor = tested
+    dataset.preprocessor = dataset.transform_image = tested  # the first prepares an image, the second is applied
     workers, collate = train.num_workers, train.collate_fn
     return DataLoader(dataset, batch_size=train.batch_size or 64, num_workers=workers, collate_fn=collate)
 

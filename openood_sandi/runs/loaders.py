@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from openood_sandi.runs.batches import images_and_labels
+from openood_sandi.runs.unreadable import Collate, Readable, Unreadable, record
 
-__all__ = ["Folder", "batches_of", "folder", "loader_of"]
+__all__ = ["Folder", "batches_of", "folder", "loader_of", "readable"]
 
 #: What a folder's images are called; others are no images.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -49,6 +50,22 @@ def batches_of(source: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, H, W) and classes (B,), -1 without a label, of every batch of what :func:`loader_of` takes."""
     for batch in loader_of(source):
         yield images_and_labels(batch)
+
+
+def readable(loader: DataLoader[Any], unreadable: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader, in its data set's order, with images that cannot be read named, or skipped and named.
+
+    Raises:
+        UnreadableImage: one cannot be read, or with "skip" none can.
+    """
+    left_out: list[Unreadable] = []
+    items = Readable(loader.dataset, unreadable)
+    collate, size = Collate(loader.collate_fn), loader.batch_size
+    for batch in DataLoader(items, batch_size=size, num_workers=loader.num_workers, collate_fn=collate):
+        left_out += batch.unreadable
+        if batch.data is not None:
+            yield images_and_labels(batch.data)
+    record(left_out, len(items))
 
 
 class Folder(Dataset[tuple[Any, int]]):

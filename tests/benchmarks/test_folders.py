@@ -97,8 +97,17 @@ def test_trouble_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest.
             reading.Reading(policy).read(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("where", ["ood/2.jpg", "id/dog/1.png", "train/cat/3.png"], ids=["OOD", "ID", "fitted on"])
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("ood/2.jpg", id="OOD"),
+        pytest.param("id/dog/1.png", id="ID", marks=pytest.mark.slow),
+        pytest.param("train/cat/3.png", id="fitted on", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("garbage", "empty"))]
+)
 @pytest.mark.parametrize("policy", reading.POLICIES)
 def test_one_damaged_file_costs_no_method(
     data: Path, where: str, damage: str, policy: str, capsys: pytest.CaptureFixture[str]

@@ -139,6 +139,18 @@ def test_charts_are_of_the_scores() -> None:
             assert sum(found["known"]) == pytest.approx(1, rel=1e-3) == sum(found["unknown"])
 
 
+def test_the_threshold_is_fitted_to_validation_images_where_there_are_some() -> None:
+    known = small()
+    found = known.outcomes["msp"]
+    scores = np.arange(100.0)
+    val = Scored(np.zeros(100, int), np.zeros(100, int), scores)
+    images = dataclasses.replace(known.suite.in_distribution, name="val")
+    suite = dataclasses.replace(known.suite, validation=(images, images))
+    outcomes = {"msp": dataclasses.replace(found, scored={**found.scored, "val": val})}
+    (method,) = data_of(page(Run(0, suite, outcomes)))["methods"]
+    assert (method["fitted"], method["threshold"], method["kept"]) == ("val", 94, 1)  # 0 to 94 are 95
+
+
 def test_a_thin_curve_and_a_binned_histogram_stay_near_all_of_the_scores() -> None:
     rng = np.random.default_rng(0)
     known, unknown = rng.normal(0, 1, 10_000), np.r_[rng.normal(1, 2, 9_000), np.full(1_000, 0.3)]

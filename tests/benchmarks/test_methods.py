@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -48,13 +49,13 @@ def test_without_openood_the_same_names_come_from_pytorch_ood() -> None:
     assert {absent[name] for name in searches} == {"OpenOOD does not import"}
     assert found["vim"].options["dim"] == 16  # half the features, where OpenOOD's 256 are too many
     for name, detector in (("gsc", GradientShortCircuit), ("prototype_fusion", PrototypeFusion)):
-        defaults = detector.__init__.__kwdefaults__
+        defaults = inspect.unwrap(detector.__init__).__kwdefaults__
         assert defaults.items() <= found[name].options.items()
 
 
 def test_what_lacks_images_is_not_offered() -> None:
     found, absent = methods.available(tiny_suite.suite(training=None, validation=None))
-    wants_training = {"knn", "vim", "fdbd", "nci", "prototype_fusion"}
+    wants_training = {"knn", "vim", "fdbd", "nci", "prototype_fusion", "sandi_c"}
     assert {name for name, reason in absent.items() if "needs training images" in reason} == wants_training
     assert {name for name, reason in absent.items() if "needs validation images" in reason} == {"react"}
     assert not found.keys() & {*wants_training, "react"}
@@ -78,7 +79,7 @@ def test_what_decides_the_scores_is_in_the_options() -> None:
     changed = replace(suite, training=training, validation=(known, unknown))
     before, after = (methods.available(given)[0] for given in (suite, changed))
     differing = {name for name in before if before[name].options != after[name].options}
-    assert differing == {"knn", "vim", "fdbd", "nci", "prototype_fusion", "react"}
+    assert differing == {"knn", "vim", "fdbd", "nci", "prototype_fusion", "sandi_c", "react"}
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------

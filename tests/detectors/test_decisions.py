@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from openood_sandi import Detector, GradientShortCircuit, PrototypeFusion, SandI, folder
+from openood_sandi import Detector, GradientShortCircuit, PrototypeFusion, SandI, SandIC, folder
 from openood_sandi.detectors.gaia import GAIA
 from openood_sandi.detectors.held_out import kept_out
 from openood_sandi.detectors.options import options_of
 from tests.helpers import tiny_suite
 
-DETECTORS = [SandI, GAIA, GradientShortCircuit, PrototypeFusion]
+DETECTORS = [SandI, SandIC, GAIA, GradientShortCircuit, PrototypeFusion]
 LABELS = torch.arange(120) % tiny_suite.CLASSES
 
 

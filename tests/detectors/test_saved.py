@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openood_sandi import Detector, GradientShortCircuit, PrototypeFusion, SandI
+from openood_sandi import Detector, GradientShortCircuit, PrototypeFusion, SandI, SandIC
 from openood_sandi.detectors import saved
 from openood_sandi.detectors.gaia import GAIA
 from tests.helpers import tiny_suite
@@ -19,6 +19,7 @@ from tests.helpers import tiny_suite
 DETECTORS: list[Any] = [
     (SandI, {"variant": "A", "splits": ["stage3.*"], "steps": 3}),
     (SandI, {}),
+    (SandIC, {"gate": 1.0, "stages": "last_2"}),
     (GAIA, {"attribution": "cross_entropy"}),
     (GradientShortCircuit, {"mask_ratio": 0.2, "score": "msp"}),
     (PrototypeFusion, {"layers": "last_2"}),

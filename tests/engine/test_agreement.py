@@ -82,3 +82,18 @@ def test_what_fails_in_the_backward_pass_takes_whole_passes(
     options = Options(variant, step_size=STEP, feature=detector.feature_name or "")
     right = Reference(seen, x, detector.split_names, options).tau()
     torch.testing.assert_close(tau, right, rtol=1e-9, atol=0)
+
+
+class Drops(Block):
+    """The same elements in every pass, whatever else is random."""
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return F.dropout(y, 0.5, True)
+
+
+def test_copies_drop_what_the_clean_tensor_drops() -> None:
+    net, x = prepared(Drops)
+    detector = SandI(net, variant="Z", step_size=STEP)
+    tau = detector(x)[1]
+    torch.testing.assert_close(tau, Reference(net, x, detector.split_names, Options(step_size=STEP)).tau())

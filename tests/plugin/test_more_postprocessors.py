@@ -43,16 +43,16 @@ def test_main_with_a_set_up(checkout: Path) -> None:
 
 
 class Images(Dataset[dict[str, torch.Tensor]]):
-    """As OpenOOD's data sets: ``preprocessor`` is asked for every image."""
+    """As OpenOOD's data sets: what ``transform_image`` makes of every image."""
 
     def __init__(self, images: torch.Tensor, preprocessor: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.images, self.preprocessor = images, preprocessor
+        self.images, self.preprocessor, self.transform_image = images, preprocessor, preprocessor
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"data": self.preprocessor(self.images[index]), "label": index % tiny_suite.CLASSES}
+        return {"data": self.transform_image(self.images[index]), "label": index % tiny_suite.CLASSES}
 
 
 def test_a_fit_from_python_is_to_images_as_a_test_has_them(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,7 +72,7 @@ def test_a_fit_from_python_is_to_images_as_a_test_has_them(caplog: pytest.LogCap
     expected = PrototypeFusion(net, layers="last_2").fit([(images, labels)], images).prototypes
     for name, prototypes in expected.items():
         torch.testing.assert_close(made.prototypes[name], prototypes)
-    assert made.setup_flag and train.preprocessor is not loaders["val"].dataset.preprocessor
+    assert made.setup_flag and train.transform_image is train.preprocessor
 
     again = PrototypeFusionPostprocessor()
     again.setup(net, {"train": loaders["train"]}, {})

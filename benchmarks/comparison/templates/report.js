@@ -125,7 +125,7 @@
     const method = methods.get(name);
     document.getElementById("method").value = name;
     document.getElementById("threshold").textContent =
-      `Threshold ${method.threshold.toPrecision(5)} (dotted) keeps ${percent(method.kept)} of the ID test images.`;
+      `Threshold ${method.threshold.toPrecision(5)} (dotted), which 95 % of ${method.fitted} do not exceed, keeps ${percent(method.kept)} of the ID test images.`;
     for (const { images, title, histogram: left, roc: right } of charts) {
       const found = method.sets[images.name];
       title.textContent = `${images.name} (${images.group}): AUROC ${found.auroc.toFixed(2)} %, ${percent(found.let_in)} let in at the threshold`;
