@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from openood_sandi import SandI
+from openood_sandi import SandI, SandIC
 from openood_sandi.detectors.gsc import GradientShortCircuit
 from openood_sandi.detectors.prototype_fusion import PrototypeFusion
 from tests.helpers import tiny, tiny_suite
@@ -110,6 +110,22 @@ def test_another_number_of_stages_and_a_pickle_need_no_other_set_up(checkout: Pa
         expected = -fusion(checkout, layers=layers)(images)[1]
         np.testing.assert_allclose(copy.postprocess(net, images)[1].cpu(), expected, rtol=1e-5)
     assert not any(isinstance(value, torch.nn.Module) for value in vars(postprocessor).values())
+
+
+def test_the_calibrated_score_is_searched_on_one_set_up(checkout: Path) -> None:
+    from openood_sandi.postprocessor import SandICPostprocessor
+
+    postprocessor = SandICPostprocessor(config(checkout, "sandi_c"))
+    net = evaluator(checkout, postprocessor=postprocessor).net
+    images, training = tiny.read_images(checkout, "svhn"), tiny.read_images(checkout, "cifar100", "train")
+    val = tiny.read_images(checkout, "cifar100", "val")
+    for base, gate in (("max_logit+fdbd", 1.5), ("energy", 1.0)):
+        postprocessor.set_hyperparam([base, gate])  # as OpenOOD's search does
+        copy = pickle.loads(pickle.dumps(postprocessor))
+        copy.setup(net, {}, {})
+        detector = SandIC(tiny.network(), base=base, gate=gate).fit([(training, torch.arange(len(training)))], val)
+        expected = -detector(images)[1]
+        np.testing.assert_allclose(copy.postprocess(net, images)[1].cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 class AsBefore:
