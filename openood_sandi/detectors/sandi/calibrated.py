@@ -73,7 +73,7 @@ class SandIC(Detector):
             separated by commas.
 
     Attributes:
-        prototypes: {stage: (P, K_j)}, after :meth:`.Detector.fit`, on the CPU in float64, as all of these.
+        prototypes: {stage: (P, K_j)}, after :meth:`.detector.Detector.fit`, on the CPU in float64, as all of these.
         feature_mean: the mean of h over training images (D,); empty without a linear last layer.
         statistics: mean and standard deviation (2,) over ID images, by quantity. Options other than ``stages`` can be
             changed without another fit.
