@@ -61,8 +61,8 @@ class PrototypeFusion(Detector):
         layers: "last_N", the last N stages of the network, or names of modules, as a list or separated by commas.
 
     Attributes:
-        prototypes: {layer: (classes, channels)} on the CPU, after :meth:`.detector.Detector.fit`; for "last_N", of every stage, so that
-            N can be changed without another fit.
+        prototypes: {layer: (classes, channels)} on the CPU, after :meth:`.detector.Detector.fit`; for "last_N", of
+            every stage, so that N can be changed without another fit.
     """
 
     fitted = INFO.fitted
