@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openood_sandi.engine import writes
 from openood_sandi.engine.lanes import align, find, lanes_of, map_tensors, tag, tensors_in, union, widen
+from openood_sandi.engine.single_image import with_right_gradient
 
 __all__ = ["call"]
 
@@ -116,6 +117,8 @@ def _shortcut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         if len(batch) == 1:  # its stride is made up, and torch's batch norm has wrong gradients for some
             batch = batch.contiguous()
         folded = func(batch, *args[1:], **kwargs)
+        if func in _BATCH_NORM:
+            with_right_gradient(folded)
         return map_tensors(folded, lambda t: t.unflatten(0, (len(ids), -1)))
     if func in (torch.cat, torch.concat) and _axis(args, kwargs, rank) > 0:
         tensors = args[0] if args else kwargs["tensors"]

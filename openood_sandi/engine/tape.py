@@ -25,6 +25,7 @@ from openood_sandi.engine import calls, inplace, lanes, values, writes
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.no_grad import Regions
+from openood_sandi.engine.single_image import with_right_gradient
 from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep", "running"]
@@ -312,6 +313,8 @@ class Tape(TorchFunctionMode):
 
         symbolic_args, symbolic_kwargs = lanes.map_tensors((args, kwargs), taken)
         result = func(*args, **kwargs)
+        if _name(func) == "batch_norm":
+            with_right_gradient(result)
         position = len(self.calls)
         if producers:
             lanes.map_tensors(result, lambda t: self._origin.setdefault(id(t), (t, position)))

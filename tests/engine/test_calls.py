@@ -295,3 +295,17 @@ def test_a_single_image_in_channels_last_memory_behind_others() -> None:
     detector.explain(last[:2])
     right = SandI(net, variant="Z", splits=["1"], step_size=STEP).explain(x[2:])["1"]
     torch.testing.assert_close(detector.explain(last[2:].clone())["1"], right)
+
+
+def test_a_single_image_whose_gradient_comes_in_channels_last_order() -> None:
+    """Behind a view of one image torch's batch norm has a wrong gradient then: a split is such a view."""
+
+    class Laid(Block):
+        def change(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.relu(y.to(memory_format=torch.channels_last)).contiguous()
+
+    net, x = prepared(Laid)
+    detector = SandI(net, variant="Z", step_size=STEP, steps=3)
+    both, alone = detector.explain(x), detector.explain(x[:1])
+    for name, attribution in alone.items():
+        torch.testing.assert_close(attribution, both[name][:1], rtol=1e-12, atol=1e-15)
