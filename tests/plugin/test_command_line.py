@@ -159,8 +159,10 @@ def test_openoods_own_settings_are_sound(checkout: Path) -> None:
 @pytest.fixture
 def script(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """What ``eval_ood.py`` is left to read of a command line."""
+    import openood
+
     module = ModuleType("__main__")
-    module.__file__ = str(checkout / "scripts/eval_ood.py")
+    module.__file__ = str(Path(openood.__file__).parents[1] / "scripts/eval_ood.py")  # beside the one that is imported
     module.ROOT_DIR = str(checkout)  # type: ignore[attr-defined]
     monkeypatch.setattr(scripts, "_taken", [])
 
