@@ -1,11 +1,13 @@
-"""A fault of torch's batch norm with one image, seen to 2.14 on CPUs, and the way round it.
+"""A fault of torch's batch norm with one image, seen from 2.6 to 2.14 on CPUs, and the way round it.
 
-In eval mode its backward pass is wrong where the gradient that comes in is that of a single image, in channels-last
-order, and has come through a view, which makes up the stride of a dimension of length 1. It is right for a gradient
-that lies in memory as dimensions are counted.
+In eval mode its backward pass is wrong where the gradient that comes in is that of a single image, in another memory
+order than the result, and has come through a view, which makes up the stride of a dimension of length 1. It is right
+for a gradient that lies in memory as the result does.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ __all__ = ["with_right_gradient"]
 
 
 def with_right_gradient(result: object) -> None:
-    """Has the gradient of a batch norm's result (B, C, ...) laid out anew where that is of one image."""
+    """Has the gradient of a batch norm's result (B, C, ...) laid out as that is, where it is of one image."""
     if isinstance(result, Tensor) and result.requires_grad and len(result) == 1:
-        result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+        result.register_hook(partial(_with_strides, result.stride()))  # type: ignore[no-untyped-call]
 
 
-def _contiguous(gradient: Tensor) -> Tensor:
-    return gradient.clone(memory_format=torch.contiguous_format)
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    laid_out = torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+    return laid_out.copy_(gradient)
