@@ -20,12 +20,17 @@ from pytorch_ood.api import (
 )
 from torch import Tensor, nn
 
+import openood_sandi
 from openood_sandi.detectors.options import options_of
 from openood_sandi.detectors.sandi import INFO, calibrated
 from openood_sandi.detectors.sandi.calibrated import SandIC
 from openood_sandi.detectors.sandi.detector import SandI
 
 __all__ = ["SandICDetector", "SandIDetector"]
+
+
+def _paper(info: openood_sandi.DetectorInfo) -> Paper:
+    return Paper(title=info.title, venue=info.venue, year=info.year, url=info.url)
 
 
 class SandIDetector(Detector):  # type: ignore[misc]
@@ -37,7 +42,7 @@ class SandIDetector(Detector):  # type: ignore[misc]
     """
 
     info = DetectorInfo(
-        paper=Paper(title=INFO.title, venue=INFO.venue, year=INFO.year, url=INFO.url),
+        paper=_paper(INFO),
         tasks={Task.CLASSIFICATION},
         ai_coded=True,
     )
@@ -86,12 +91,7 @@ class SandICDetector(Detector):  # type: ignore[misc]
     """
 
     info = DetectorInfo(
-        paper=Paper(
-            title=calibrated.INFO.title,
-            venue=calibrated.INFO.venue,
-            year=calibrated.INFO.year,
-            url=calibrated.INFO.url,
-        ),
+        paper=_paper(calibrated.INFO),
         tasks={Task.CLASSIFICATION},
         ai_coded=True,
     )

@@ -11,6 +11,15 @@ import pytest
 
 from tests.helpers import installation, tiny
 
+#: OpenOOD's files for its CIFAR-100 protocol, but the postprocessor's.
+CONFIGS = [
+    "configs/datasets/cifar100/cifar100.yml",
+    "configs/datasets/cifar100/cifar100_ood.yml",
+    "configs/networks/resnet18_32x32.yml",
+    "configs/pipelines/test/test_ood.yml",
+    "configs/preprocessors/base_preprocessor.yml",
+]
+
 ADDRESS = "https://github.com/Jingkang50/OpenOOD"
 COMMIT = "3c35632"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "openood-sandi" / f"OpenOOD-{COMMIT}"

@@ -16,15 +16,8 @@ import pytest
 from openood_sandi import GradientShortCircuit
 from openood_sandi.plugin import scripts, standins
 from tests.helpers import installation, tiny
-from tests.plugin.conftest import git_status
+from tests.plugin.conftest import CONFIGS, git_status
 
-CONFIGS = [
-    "configs/datasets/cifar100/cifar100.yml",
-    "configs/datasets/cifar100/cifar100_ood.yml",
-    "configs/networks/resnet18_32x32.yml",
-    "configs/pipelines/test/test_ood.yml",
-    "configs/preprocessors/base_preprocessor.yml",
-]
 CHECKPOINT = ["--network.checkpoint", str(tiny.CHECKPOINT)]
 Setup = Callable[..., Any]
 

@@ -15,15 +15,8 @@ from sklearn import metrics
 
 from openood_sandi import SandI
 from tests.helpers import installation, tiny
-from tests.plugin.conftest import git_status
+from tests.plugin.conftest import CONFIGS, git_status
 
-CONFIGS = [
-    "configs/datasets/cifar100/cifar100.yml",
-    "configs/datasets/cifar100/cifar100_ood.yml",
-    "configs/networks/resnet18_32x32.yml",
-    "configs/pipelines/test/test_ood.yml",
-    "configs/preprocessors/base_preprocessor.yml",
-]
 OVERRIDES = ["--network.checkpoint", str(tiny.CHECKPOINT), "--num_gpus", "0"]
 pytestmark = pytest.mark.slow  # every test runs main.py
 LAST_STAGE = ["--postprocessor.postprocessor_args.splits", "last_stage"]  # less to compute than the default

@@ -45,11 +45,11 @@ class SandI(Detector):
     Args:
         net: a classifier in eval mode that maps images (B, C, H, W) to logits (B, classes). ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through.
+        logits: a function that takes the logits (B, classes) out of what ``net`` returns, where that is an object, a
+            tuple or a dictionary: ``lambda output: output.logits`` for networks of Hugging Face's transformers.
         variant: "Z", the density of non-zero gradients (Eq. 11), "A", channel averages (Eq. 12-13), or "auto": as in
             the paper Z up to 100 classes and A above, but A as well where gradients are hardly ever zero, as Z would
             score all images alike there (:mod:`.variants`).
-        logits: a function that takes the logits (B, classes) out of what ``net`` returns, where that is an object, a
-            tuple or a dictionary: ``lambda output: output.logits`` for networks of Hugging Face's transformers.
         splits: the split points: "all" (every normalisation layer), "last_stage" (those of the last stage), module
             names and globs such as "layer4.*", as a list or separated by commas. "name#2" is the second call of
             a module. "auto" is "all" for Z and "last_stage" for A. Networks without normalisation layers are
