@@ -16,7 +16,8 @@ from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
-from openood_sandi.engine.tape import Site, Tape
+from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.walk import Objective, Observer, Walk, walk_splits
 
 __all__ = ["disagreement"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.passes import Pass, first_tensor
-from openood_sandi.engine.tape import Call
+from openood_sandi.engine.recorded import Call
 
 __all__ = ["MOVES", "PRODUCTS", "ChannelAxes", "Rows", "batch_rows", "usual_channel_axis"]
 

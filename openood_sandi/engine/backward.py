@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openood_sandi.engine.errors import BackwardError
 from openood_sandi.engine.memory import is_out_of_memory
-from openood_sandi.engine.tape import Site
+from openood_sandi.engine.recorded import Site
 
 __all__ = ["GradientPass", "Loss", "Objective", "by_loss", "differentiate", "gradients_of"]
 

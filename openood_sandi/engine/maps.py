@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openood_sandi.engine.axes import MOVES, PRODUCTS, ChannelAxes
 from openood_sandi.engine.passes import Pass, first_tensor
-from openood_sandi.engine.tape import Call
+from openood_sandi.engine.recorded import Call
 
 __all__ = ["last_map", "upstream"]
 

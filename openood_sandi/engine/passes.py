@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import lanes
-from openood_sandi.engine.tape import Call, Site, Tape
+from openood_sandi.engine.recorded import Call, Site
+from openood_sandi.engine.tape import Tape
 
 __all__ = ["Layer", "Pass", "first_tensor", "record_pass"]
 

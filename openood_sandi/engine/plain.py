@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
-from openood_sandi.engine.tape import Site
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Snapshot
 from openood_sandi.engine.walk import Loss, Objective, Observer, Walk

@@ -19,8 +19,8 @@ from openood_sandi.engine.maps import last_map, upstream
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.norms import channels_of, is_normalisation, normalises_second
 from openood_sandi.engine.passes import Layer, Pass, record_pass
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.stages import Point, last_group, last_stage
-from openood_sandi.engine.tape import Site
 
 __all__ = ["RecordedNetwork", "Split", "record_network"]
 

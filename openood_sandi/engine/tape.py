@@ -13,8 +13,8 @@ import functools
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,54 +25,11 @@ from openood_sandi.engine import calls, inplace, lanes, values, writes
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.no_grad import Regions
+from openood_sandi.engine.recorded import Call, Produced, Site, name_of
 from openood_sandi.engine.single_image import with_right_gradient
 from openood_sandi.engine.threads import in_this_thread
 
-__all__ = ["Call", "Produced", "Site", "Tap", "Tape", "keep", "running"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the forward pass that holds a tensor."""
-
-    name: str
-    module: str | None
-    """Qualified name of the module whose output the tensor is; None for the result of a single torch call."""
-    index: int
-    """Which call of that module, from 1; without a module, the call's position on the tape."""
-
-
-@dataclass(frozen=True)
-class Produced:
-    """Stands, in a call's arguments, for the result of the call at tape position ``by``; -1 for the input."""
-
-    by: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One torch call of a recorded forward pass."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    """Its arguments, with :class:`Produced` in place of tensors that were computed from the input."""
-    result: Any
-    producers: tuple[int, ...]
-    """Tape positions of these, in order; empty for a call that does not depend on the input."""
-
-    @property
-    def name(self) -> str:
-        return _name(self.func)
-
-    def rerun(self, values: Mapping[int, Tensor]) -> Any:
-        """The call's result with ``values`` by tape position in place of what it was computed from."""
-        args, kwargs = lanes.map_tensors((self.args, self.kwargs), lambda p: values[p.by], Produced)
-        return self.func(*args, **kwargs)
-
-    def size(self) -> int:
-        """Bytes of its result."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in lanes.tensors_in(self.result))
+__all__ = ["Tap", "Tape", "keep", "running"]
 
 
 Tap = Callable[[Site, Tensor], Tensor]
@@ -253,7 +210,7 @@ class Tape(TorchFunctionMode):
             return self._regions.switch(*args)
         if torch.is_inference_mode_enabled():
             raise ReplayError(
-                f"the network computes under torch.inference_mode() ({_name(func)!r}), where there are no gradients; "
+                f"the network computes under torch.inference_mode() ({name_of(func)!r}), where there are no gradients; "
                 "remove it from the network's forward, or use torch.no_grad() where only parameters are to be frozen"
             )
         if not self._regions.inside:
@@ -271,7 +228,7 @@ class Tape(TorchFunctionMode):
         if self._is_derived(operands):
             func, args, kwargs, target = inplace.out_of_place(func, args, kwargs)
         if self._regions.inside:
-            args, kwargs = self._regions.entering(_name(func), target, (args, kwargs))
+            args, kwargs = self._regions.entering(name_of(func), target, (args, kwargs))
         if self._listen is not None:
             result = func(*args, **kwargs)
             self._listen(self._position, self._names[-1], result)
@@ -282,7 +239,7 @@ class Tape(TorchFunctionMode):
             if self._heard is not None:
                 self._heard(self._position, self._names[-1], result)
         if self._regions.matter:
-            self._regions.follow(_name(func), operands, result)
+            self._regions.follow(name_of(func), operands, result)
         if target is not None and isinstance(result, Tensor) and result is not target:
             self._replaced[id(target)] = (target, result)
             if self._recording:
@@ -313,7 +270,7 @@ class Tape(TorchFunctionMode):
 
         symbolic_args, symbolic_kwargs = lanes.map_tensors((args, kwargs), taken)
         result = func(*args, **kwargs)
-        if _name(func) == "batch_norm":
+        if name_of(func) == "batch_norm":
             with_right_gradient(result)
         position = len(self.calls)
         if producers:
@@ -323,10 +280,10 @@ class Tape(TorchFunctionMode):
 
     def _replay_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorded = self.calls[self._position] if self._position < len(self.calls) else None
-        if recorded is None or (recorded.func is not func and recorded.name != _name(func)):
+        if recorded is None or (recorded.func is not func and recorded.name != name_of(func)):
             expected = "the end" if recorded is None else repr(recorded.name)
             raise ReplayError(
-                f"call {self._position} of the forward pass was {_name(func)!r} but {expected} when recorded: the "
+                f"call {self._position} of the forward pass was {name_of(func)!r} but {expected} when recorded: the "
                 f"network's control flow changes from one pass to the next, so its layers cannot be split"
             )
         perturbed = lanes.find((args, kwargs))
@@ -336,8 +293,8 @@ class Tape(TorchFunctionMode):
             if func is writes.set_item:
                 args = (lanes.spread(args[0], perturbed), *args[1:])
             return self._call_lanes(func, args, kwargs, recorded.result)
-        if not values.tells_of_form(_name(func)):
-            values.require_recorded(_name(func), func, args, kwargs, recorded.result)
+        if not values.tells_of_form(name_of(func)):
+            values.require_recorded(name_of(func), func, args, kwargs, recorded.result)
         return recorded.result
 
     def _call_lanes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], clean: Any) -> Any:
@@ -347,17 +304,11 @@ class Tape(TorchFunctionMode):
             if is_out_of_memory(error):
                 raise
             raise ReplayError(
-                f"call {self._position} of the forward pass, {_name(func)!r}, cannot run on several perturbed copies "
+                f"call {self._position} of the forward pass, {name_of(func)!r}, cannot run on several perturbed copies "
                 f"at once ({error}); choose split points behind it, or write it with a result of one shape for them all"
             ) from error
 
 
 @functools.lru_cache(maxsize=4096)
 def _name_out_of_place(func: Callable[..., Any]) -> str:
-    return inplace.name_out_of_place(_name(func))
-
-
-def _name(func: Callable[..., Any]) -> str:
-    owner = getattr(func, "__self__", None)
-    name = getattr(func, "__name__", str(func))
-    return f"{getattr(owner, '__name__', '')}.{name}" if name in ("__get__", "__set__") else name
+    return inplace.name_out_of_place(name_of(func))

@@ -19,7 +19,8 @@ from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.backward import GradientPass, Loss, Objective, by_loss, differentiate, gradients_of
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget
-from openood_sandi.engine.tape import Site, Tap, Tape
+from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.tape import Tap, Tape
 
 __all__ = ["Loss", "LossPlan", "Objective", "Observer", "Walk", "walk_input", "walk_splits"]
 

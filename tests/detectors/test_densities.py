@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.splits import Split
-from openood_sandi.engine.tape import Site
 
 
 @pytest.mark.parametrize("combine", ["count", "union", "intersection"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 from openood_sandi.detectors.sandi.rectifiers import Rectifier
-from openood_sandi.engine.tape import Call, Produced
+from openood_sandi.engine.recorded import Call, Produced
 
 OPTIONS = (
     {"steps": 1},

@@ -15,8 +15,8 @@ from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_pla
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.plain import PlainWalk, walk_plain
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.splits import Split
-from openood_sandi.engine.tape import Site
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk
 from tests.helpers import cases, networks

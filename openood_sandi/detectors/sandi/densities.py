@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.splits import Split
-from openood_sandi.engine.tape import Site
 from openood_sandi.engine.walk import Observer
 
 __all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]

@@ -19,7 +19,7 @@ from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
-from openood_sandi.engine.tape import Site
+from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.walk import LossPlan, Observer, Walk
 
 __all__ = ["ComputedDensities", "ShortcutDensities"]
