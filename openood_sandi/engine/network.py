@@ -22,7 +22,8 @@ from openood_sandi.engine.contents import version
 from openood_sandi.engine.errors import BackwardError, ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
-from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
+from openood_sandi.engine.split_point import Split
+from openood_sandi.engine.splits import RecordedNetwork, record_network
 from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Twin

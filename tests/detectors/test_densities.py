@@ -7,7 +7,7 @@ import torch
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 
 
 @pytest.mark.parametrize("combine", ["count", "union", "intersection"])

@@ -16,7 +16,7 @@ from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.plain import PlainWalk, walk_plain
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk
 from tests.helpers import cases, networks

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from openood_sandi import SandI
-from openood_sandi.engine.splits import RecordedNetwork, Split, record_network
+from openood_sandi.engine.split_point import Split
+from openood_sandi.engine.splits import RecordedNetwork, record_network
 from tests.helpers import split_networks as N
 from tests.helpers.cases import prepared
 from tests.helpers.oracle import Options, Reference

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from tests.helpers.oracle import Options, gradient, hooked, ones_at_largest, walk
 
 Act = Callable[[Tensor], "Tensor | None"]

@@ -26,7 +26,7 @@ from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer, Walk
 from tests.helpers.naive_splits import Naive, difference
 from tests.helpers.oracle import Options

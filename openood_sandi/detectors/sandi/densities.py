@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
 
 __all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]

@@ -19,7 +19,7 @@ from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDe
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, Walk
 
 __all__ = ["SandI"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import Split
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, LossPlan, Objective
 
 __all__ = ["LogitsPlan", "channel_average_plan", "loss_on_logits"]

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.recorded import Call, Site
-from openood_sandi.engine.splits import RecordedNetwork, Split
+from openood_sandi.engine.split_point import Split
+from openood_sandi.engine.splits import RecordedNetwork
 from openood_sandi.engine.values import tells_of_form
 
 __all__ = ["RectifiedNetwork", "Rectifier", "rectified_network"]

@@ -16,7 +16,8 @@ from torch import Tensor
 from openood_sandi.detectors.sandi.losses import LogitsPlan
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.recorded import Site
-from openood_sandi.engine.splits import RecordedNetwork, Split
+from openood_sandi.engine.split_point import Split
+from openood_sandi.engine.splits import RecordedNetwork
 from openood_sandi.engine.walk import Observer, Walk
 
 __all__ = ["VariantChoice"]
