@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from openood_sandi.runs import keys
 from tests.helpers.places import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))  # the comparison and the speed measurements are scripts, not a package
 
 # The networks are small: a second thread costs more in waiting than it computes, and ten times so on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _settings_stay_as_they_are() -> Iterator[None]:
+    """A test that leaves a setting of torch or a patch of the package behind makes others fail that come after it."""
+    before = _settings()
+    yield
+    after = _settings()
+    changed = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    assert not changed, f"the test changes settings of the whole process: {', '.join(changed)}"
+
+
+def _settings() -> dict[str, str]:
+    return {**keys.arithmetic(torch.device("cpu")), "code": keys.code()}
 
 
 @pytest.hookimpl(tryfirst=True)
