@@ -1,0 +1,319 @@
+"""What each kind of call hands back of its gradient's pattern: which places of its operands its result was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+
+import torch
+from torch import Size, Tensor
+
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Pattern, Where, everywhere_as_none, union
+from openood_sandi.detectors.sandi.call_graph import (
+    CallGraph,
+    UnreadableError,
+    argument,
+    is_normalisation,
+    is_sum,
+    weight_of,
+)
+from openood_sandi.detectors.sandi.windows import Windows
+from openood_sandi.engine.recorded import Call, Produced
+
+__all__ = ["backward_graph"]
+
+_CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
+_TO_ALL_CHANNELS = frozenset(("conv2d", "linear"))
+
+
+def backward_graph(graph: CallGraph, rectifiers: frozenset[int]) -> BackwardGraph:
+    """The ways of gradients back through a network.
+
+    Args:
+        graph: its calls.
+        rectifiers: the positions of those among them; their masks stand for their links.
+
+    Raises:
+        UnreadableError: a call is of a kind that is not known here.
+    """
+    links: dict[int, list[tuple[int, Link]]] = {}
+    for position, _ in graph:
+        for producer, link in _links(graph, position, position in rectifiers):
+            if producer >= 0:  # what is handed back to the images is of no use
+                links.setdefault(producer, []).append((position, link))
+    for uses in links.values():
+        uses.sort(key=lambda use: graph.calls[use[0]].name not in _TO_ALL_CHANNELS)
+    return BackwardGraph(graph.output, {position: links[position] for position in sorted(links, reverse=True)})
+
+
+def _links(graph: CallGraph, position: int, is_rectifier: bool) -> Iterator[tuple[int, Link]]:
+    """The operands of a call that depend on the images, and the link to each."""
+    call = graph.calls[position]
+    if is_sum(graph, position):
+        yield from ((producer, _unchanged) for producer in call.producers)
+    elif call.name in _CONCATENATIONS:
+        yield from _concatenation(graph, call)
+    elif len(call.producers) != 1 or not (is_rectifier or call.name in _LINKS):
+        raise UnreadableError
+    elif is_rectifier or call.producers[0] < 0:
+        yield call.producers[0], _unchanged
+    else:
+        yield call.producers[0], _LINKS[call.name](call, graph.shape(call.producers[0]))
+
+
+def _unchanged(pattern: Pattern) -> Pattern:
+    return pattern
+
+
+def _each(change: Callable[[Tensor], Where]) -> Link:
+    """The link that changes both maps of a pattern where they are not True everywhere."""
+    return lambda pattern: pattern.each(lambda where: None if where is None else change(where))
+
+
+def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
+    """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
+    return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
+
+
+def _filled(where: Where, like: Tensor) -> Tensor:
+    """A map (B or 1, K or 1, ...) with all the positions that ``like`` has."""
+    if where is None:
+        return torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
+    return where.expand(-1, -1, *like.shape[2:])
+
+
+# ---------------------------------------------------------------------- layers that mix channels
+
+
+def _convolution(call: Call, given: Size) -> Link:
+    nonzero, groups = (weight_of(call) != 0).detach(), argument(call, 6, "groups", 1)
+    windows = Windows.of_convolution(call, given, nonzero.shape[2:])
+    behind, outputs = call.result, len(nonzero) // groups
+    if groups == 1 and nonzero.shape[2:].numel() == behind.shape[2:].numel() == given[2:].numel() == 1:
+        through = _through_matrix(nonzero.flatten(1))
+        return lambda pattern: pattern.each(lambda where: _with_positions(through(_flat(where))))
+    if nonzero.shape[1] == 1:
+        return _each_filled(_through_single_channels(windows, nonzero.unflatten(0, (groups, outputs))), behind)
+    zeros = int((~nonzero).unflatten(0, (groups, outputs)).sum(1).max())
+
+    def hand_back(least: int, where: Where) -> Where:
+        return _of_channels(windows(_open_at(_filled(where, behind), groups, outputs, least)), given[1])
+
+    def link(pattern: Pattern) -> Pattern:
+        possibly = pattern.each(lambda where: hand_back(1, where))
+        if not zeros:
+            return possibly
+        surely = hand_back(zeros + 1, pattern.surely)
+        return Pattern.known(None) if surely is None else Pattern(surely, possibly.possibly)
+
+    return link
+
+
+def _open_at(where: Tensor, groups: int, outputs: int, least: int) -> Tensor:
+    """(B, groups or 1, H, W): where at least so many of a group's ``outputs`` channels are True."""
+    if where.shape[1] == 1:
+        return where if least <= outputs else torch.zeros_like(where)
+    parts = where.view(torch.uint8).unflatten(1, (groups, outputs))
+    return parts.amax(2).view(torch.bool) if least == 1 else parts.sum(2, dtype=torch.int32) >= least
+
+
+def _of_channels(where: Where, channels: int) -> Where:
+    """A map with a channel for each group as one of all ``channels``."""
+    if where is None or where.shape[1] in (1, channels):
+        return where
+    return where.repeat_interleave(channels // where.shape[1], 1)
+
+
+def _through_single_channels(windows: Windows, nonzero: Tensor) -> Callable[[Tensor], Where]:
+    """Through a convolution whose groups have one input channel each, with weights (groups, m, 1, height, width)."""
+    groups, multiple = nonzero.shape[:2]
+    if nonzero.all():
+        return lambda where: windows(_open_at(where, groups, multiple, 1))
+
+    def change(where: Tensor) -> Where:
+        parts = where.expand(-1, groups * multiple, -1, -1).unflatten(1, (groups, multiple))
+        return reduce(union, (windows.weighted(parts[:, :, m], nonzero[:, m, 0]) for m in range(multiple)))
+
+    return change
+
+
+def _linear(call: Call, given: Size) -> Link:
+    if call.result.dim() != 2:
+        raise UnreadableError
+    through = _through_matrix((weight_of(call) != 0).detach())
+    return lambda pattern: pattern.each(through)
+
+
+def _through_matrix(nonzero: Tensor) -> Callable[[Where], Where]:
+    """From maps (B, outputs or 1) to maps (B, inputs or 1), through weights (outputs, inputs)."""
+    read = everywhere_as_none(nonzero.any(0, keepdim=True))
+    every = bool(nonzero.all())
+
+    def change(where: Where) -> Where:
+        if where is None:
+            return read
+        if every or where.shape[1] == 1:
+            some = where.any(1, keepdim=True)
+            return everywhere_as_none(some if read is None else some & read)
+        return everywhere_as_none(where.float() @ nonzero.float() > 0)  # no number is negative: none cancel
+
+    return change
+
+
+def _flat(where: Where) -> Where:
+    return None if where is None else where.flatten(1)
+
+
+def _with_positions(where: Where) -> Where:
+    return None if where is None else where[:, :, None, None]
+
+
+# ---------------------------------------------------------------------- layers that keep channels apart
+
+
+def _normalisation(call: Call, given: Size) -> Link:
+    if not is_normalisation(call):
+        raise UnreadableError
+    scale = argument(call, 3, "weight", None)
+    if not isinstance(scale, Tensor) or bool((scale != 0).all()):
+        return _unchanged
+    kept = (scale != 0).detach().view(1, -1, *[1] * (len(given) - 2))
+    return lambda pattern: pattern.each(lambda where: kept if where is None else where & kept)
+
+
+def _dropout(call: Call, given: Size) -> Link:
+    if argument(call, 2, "training", True) is not False:
+        raise UnreadableError
+    return _unchanged
+
+
+def _average_pool(call: Call, given: Size) -> Link:
+    return _each_filled(Windows.of_pool(call, given), call.result)
+
+
+def _max_pool(call: Call, given: Size) -> Link:
+    """Every position, less those where no window, or not every window, hands on to its winner: who wins is the matter
+    of the rectifier before it, whose mask has winners alone."""
+    windows = Windows.of_pool(call, given)
+
+    def every_window(where: Where) -> Where:
+        if where is None:
+            return None
+        some_closed = windows(~_filled(where, call.result))
+        return torch.zeros_like(where[:1, :1, :1, :1]) if some_closed is None else ~some_closed
+
+    def some_window(where: Where) -> Where:
+        return None if where is None else windows(_filled(where, call.result))
+
+    if windows.are_apart:
+        return lambda pattern: pattern.each(some_window)
+    return lambda pattern: Pattern(every_window(pattern.surely), some_window(pattern.possibly))
+
+
+def _adaptive_pool(call: Call, given: Size) -> Link:
+    behind = call.result
+
+    def change(where: Tensor) -> Where:
+        for dim, size in ((2, given[2]), (3, given[3])):
+            results = behind.shape[dim]
+            out = where.new_zeros([*where.shape[:dim], size, *where.shape[dim + 1 :]])
+            for place in range(results):
+                start, stop = place * size // results, -(-(place + 1) * size // results)
+                out.narrow(dim, start, stop - start).logical_or_(where.narrow(dim, place, 1))
+            where = out
+        return everywhere_as_none(where)
+
+    return _each_filled(change, behind) if behind.shape[2:].numel() > 1 else _unchanged
+
+
+def _mean(call: Call, given: Size) -> Link:
+    dims = argument(call, 1, "dim", None)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not dims or not all(isinstance(dim, int) and dim % len(given) > 0 for dim in dims):
+        raise UnreadableError
+    gone = sorted(dim % len(given) for dim in dims)
+    if call.result.dim() == len(given):
+        return _unchanged
+    return _each(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where))
+
+
+def _view(call: Call, given: Size) -> Link:
+    behind = call.result.shape
+    if behind == given:
+        return _unchanged
+    if behind.numel() != given.numel() or behind[0] != given[0]:
+        raise UnreadableError
+
+    def change(where: Tensor) -> Tensor:
+        if where[0].numel() == 1:
+            return where.view(-1, *[1] * (len(given) - 1))
+        return where.expand(-1, *behind[1:]).reshape(-1, *given[1:])
+
+    return _each(change)
+
+
+def _padding(call: Call, given: Size) -> Link:
+    amounts = argument(call, 1, "pad", ())
+    if argument(call, 2, "mode", "constant") != "constant" or min(amounts, default=0) < 0:
+        raise UnreadableError
+    before = {call.result.dim() - 1 - k // 2: amounts[k] for k in range(0, len(amounts), 2)}
+
+    def change(where: Tensor) -> Where:
+        for dim, amount in before.items():
+            where = where if where.shape[dim] == 1 else where.narrow(dim, amount, given[dim])
+        return everywhere_as_none(where.contiguous())
+
+    return _each(change)
+
+
+def _slices(call: Call, given: Size) -> Link:
+    index = call.args[1] if len(call.args) > 1 else ()
+    is_tuple = isinstance(index, tuple) and all(isinstance(item, slice) for item in index)
+    if not is_tuple or index[:1] != (slice(None),):
+        raise UnreadableError
+    taken = [dim for dim, item in enumerate(index) if len(range(*item.indices(given[dim]))) < given[dim]]
+    behind = call.result
+
+    def change(where: Where) -> Where:
+        where = torch.ones([1] * behind.dim(), dtype=torch.bool, device=behind.device) if where is None else where
+        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in range(behind.dim())])
+        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in range(behind.dim())])
+        out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
+        return everywhere_as_none(out)
+
+    return lambda pattern: pattern.each(change) if taken else pattern
+
+
+def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
+    parts: Sequence[object] = call.args[0] if call.args else call.kwargs["tensors"]
+    dim = argument(call, 1, "dim", call.kwargs.get("axis", 0)) % call.result.dim()
+    if dim == 0:
+        raise UnreadableError
+    start = 0
+    for part in parts:
+        shape = graph.shape(part.by) if isinstance(part, Produced) else part.shape  # type: ignore[attr-defined]
+        if isinstance(part, Produced):
+            yield part.by, _each(_part(dim, start, shape[dim]))
+        start += shape[dim]
+
+
+def _part(dim: int, start: int, length: int) -> Callable[[Tensor], Where]:
+    def change(where: Tensor) -> Where:
+        return where if where.shape[dim] == 1 else everywhere_as_none(where.narrow(dim, start, length))
+
+    return change
+
+
+_LINKS: dict[str, Callable[[Call, Size], Link]] = {
+    "conv2d": _convolution,
+    "linear": _linear,
+    "batch_norm": _normalisation,
+    "dropout": _dropout,
+    "avg_pool2d": _average_pool,
+    "max_pool2d": _max_pool,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "mean": _mean,
+    "pad": _padding,
+    "__getitem__": _slices,
+    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone"), _view),
+}
