@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Size, Tensor
@@ -86,55 +86,38 @@ def _filled(where: Where, like: Tensor) -> Tensor:
 
 
 def _convolution(call: Call, given: Size) -> Link:
-    nonzero, groups = (weight_of(call) != 0).detach(), argument(call, 6, "groups", 1)
-    windows = Windows.of_convolution(call, given, nonzero.shape[2:])
-    behind, outputs = call.result, len(nonzero) // groups
-    if groups == 1 and nonzero.shape[2:].numel() == behind.shape[2:].numel() == given[2:].numel() == 1:
-        through = _through_matrix(nonzero.flatten(1))
-        return lambda pattern: pattern.each(lambda where: _with_positions(through(_flat(where))))
-    if nonzero.shape[1] == 1:
-        return _each_filled(_through_single_channels(windows, nonzero.unflatten(0, (groups, outputs))), behind)
-    zeros = int((~nonzero).unflatten(0, (groups, outputs)).sum(1).max())
-
-    def hand_back(least: int, where: Where) -> Where:
-        return _of_channels(windows(_open_at(_filled(where, behind), groups, outputs, least)), given[1])
-
-    def link(pattern: Pattern) -> Pattern:
-        possibly = pattern.each(lambda where: hand_back(1, where))
-        if not zeros:
-            return possibly
-        surely = hand_back(zeros + 1, pattern.surely)
-        return Pattern.known(None) if surely is None else Pattern(surely, possibly.possibly)
-
-    return link
-
-
-def _open_at(where: Tensor, groups: int, outputs: int, least: int) -> Tensor:
-    """(B, groups or 1, H, W): where at least so many of a group's ``outputs`` channels are True."""
-    if where.shape[1] == 1:
-        return where if least <= outputs else torch.zeros_like(where)
-    parts = where.view(torch.uint8).unflatten(1, (groups, outputs))
-    return parts.amax(2).view(torch.bool) if least == 1 else parts.sum(2, dtype=torch.int32) >= least
-
-
-def _of_channels(where: Where, channels: int) -> Where:
-    """A map with a channel for each group as one of all ``channels``."""
-    if where is None or where.shape[1] in (1, channels):
-        return where
-    return where.repeat_interleave(channels // where.shape[1], 1)
-
-
-def _through_single_channels(windows: Windows, nonzero: Tensor) -> Callable[[Tensor], Where]:
-    """Through a convolution whose groups have one input channel each, with weights (groups, m, 1, height, width)."""
-    groups, multiple = nonzero.shape[:2]
-    if nonzero.all():
-        return lambda where: windows(_open_at(where, groups, multiple, 1))
+    weight, groups = weight_of(call), argument(call, 6, "groups", 1)
+    nonzero = (weight != 0).detach()
+    windows = Windows.of_convolution(call, given, weight.shape[2:])
+    by_group = nonzero.view(groups, -1, *nonzero.shape[1:])
+    read = by_group.any(1)  # whether a place of the window is read at all, in a channel
+    zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
+    reached = windows if bool(read.all()) else partial(windows.weighted, nonzero=read.flatten(0, 1))
 
     def change(where: Tensor) -> Where:
-        parts = where.expand(-1, groups * multiple, -1, -1).unflatten(1, (groups, multiple))
-        return reduce(union, (windows.weighted(parts[:, :, m], nonzero[:, m, 0]) for m in range(multiple)))
+        if where.shape[1] == 1:
+            return reached(where)
+        counts = _open_channels(where, groups, at_most_one=zeros == 0)
+        # each place is read in more open channels than could have a zero weight there, or there are none open
+        found = reached(_of_all_channels(counts > zeros, given[1]))
+        unclear = (counts > 0) & (counts <= zeros)
+        if found is None or zeros == 0 or (where.device.type == "cpu" and not unclear.any()):
+            return found
+        return union(found, windows.through_weights(where, nonzero, groups))
 
-    return change
+    return _each_filled(change, call.result)
+
+
+def _open_channels(where: Tensor, groups: int, at_most_one: bool) -> Tensor:
+    """(B, groups, H, W): how many of each group's channels are True, or 1 if any is."""
+    parts = where.view(torch.uint8).view(len(where), groups, -1, *where.shape[2:])
+    return parts.amax(2) if at_most_one else parts.sum(2, dtype=torch.int32)
+
+
+def _of_all_channels(where: Tensor, channels: int) -> Tensor:
+    """A map with a channel for each group as one of all ``channels``; one of a single group stays as it is."""
+    groups = where.shape[1]
+    return where if groups in (1, channels) else where.repeat_interleave(channels // groups, 1)
 
 
 def _linear(call: Call, given: Size) -> Link:
@@ -158,14 +141,6 @@ def _through_matrix(nonzero: Tensor) -> Callable[[Where], Where]:
         return everywhere_as_none(where.float() @ nonzero.float() > 0)  # no number is negative: none cancel
 
     return change
-
-
-def _flat(where: Where) -> Where:
-    return None if where is None else where.flatten(1)
-
-
-def _with_positions(where: Where) -> Where:
-    return None if where is None else where[:, :, None, None]
 
 
 # ---------------------------------------------------------------------- layers that keep channels apart

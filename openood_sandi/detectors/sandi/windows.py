@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import Where, everywhere_as_none
@@ -78,8 +78,18 @@ class Windows:
                 rows = slice(i * dh, i * dh + (height - 1) * sh + 1, sh)
                 columns = slice(j * dw, j * dw + (width - 1) * sw + 1, sw)
                 out[:, :, rows, columns] |= where & nonzero[:, i, j, None, None]
-        (top, left), (rows_given, columns_given) = self.padding, self.given
-        return everywhere_as_none(out[:, :, top : top + rows_given, left : left + columns_given].contiguous())
+        return everywhere_as_none(self._without_padding(out))
+
+    def through_weights(self, where: Tensor, nonzero: Tensor, groups: int) -> Where:
+        """As a call, where each weight (outputs, K / groups, height, width) of a convolution is zero or not."""
+        options = {"stride": self.stride, "dilation": self.dilation, "groups": groups}
+        counts = F.conv_transpose2d(where.float(), nonzero.float(), **options)  # of ways that do not meet a zero
+        bottom, right = (self._length(axis, where.shape[axis + 2]) - counts.shape[axis + 2] for axis in range(2))
+        return everywhere_as_none(self._without_padding(F.pad(counts > 0.5, (0, right, 0, bottom))))
+
+    def _without_padding(self, where: Tensor) -> Tensor:
+        (top, left), (height, width) = self.padding, self.given
+        return where[:, :, top : top + height, left : left + width].contiguous()
 
     def _along(self, axis: int, where: Tensor) -> Tensor:
         dim, stride, size = axis + 2, self.stride[axis], where.shape[axis + 2]
