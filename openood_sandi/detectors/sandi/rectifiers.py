@@ -51,10 +51,9 @@ class Rectifier:
     def open_(self, result: Tensor) -> Tensor:
         """As :meth:`mask`, in a byte a position, to be kept."""
         low, high = self.bounds
-        # no result is below the bounds: the quickest way to compare
-        open_ = result.bool() if low == 0 else result > low
+        open_ = result.bool() if low == 0 else result > low  # the quickest to take; no result is below the bounds
         if not math.isinf(high) and not (result.device.type == "cpu" and bool(result.amax() < high)):
-            open_ &= result < high
+            open_ &= (high - result).bool() if result.device.type == "cpu" else result < high
         return open_ if self.pool is None else open_ & _winners(result, self.pool[1])
 
     def mask(self, result: Tensor) -> Tensor:

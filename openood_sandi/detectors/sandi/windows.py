@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from openood_sandi.detectors.sandi.alive import Where, everywhere_as_none
+from openood_sandi.detectors.sandi.alive import Where, conjunction, everywhere_as_none
 from openood_sandi.detectors.sandi.call_graph import UnreadableError, argument
 from openood_sandi.engine.recorded import Call
 
@@ -24,6 +24,7 @@ class Windows:
     Attributes:
         kernel, stride, padding, dilation: of the windows, vertically and horizontally.
         given: H and W of what they go over.
+        results: how many windows there are, vertically and horizontally.
     """
 
     kernel: Pair
@@ -31,6 +32,7 @@ class Windows:
     padding: Pair
     dilation: Pair
     given: Pair
+    results: Pair
 
     @classmethod
     def of_convolution(cls, call: Call, given: Size, kernel: Size) -> Windows:
@@ -41,7 +43,7 @@ class Windows:
             padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
         padding = 0 if padding == "valid" else padding
         stride = _pair(argument(call, 3, "stride", 1))
-        return cls(_pair(tuple(kernel)), stride, _pair(padding), dilation, _pair(tuple(given[2:])))
+        return cls(_pair(tuple(kernel)), stride, _pair(padding), dilation, *_sizes(call, given))
 
     @classmethod
     def of_pool(cls, call: Call, given: Size) -> Windows:
@@ -49,7 +51,7 @@ class Windows:
         kernel = _pair(argument(call, 1, "kernel_size", None))
         stride = _pair(argument(call, 2, "stride", None) or kernel)
         dilation = argument(call, 4, "dilation", 1) if call.name == "max_pool2d" else 1
-        return cls(kernel, stride, _pair(argument(call, 3, "padding", 0)), _pair(dilation), _pair(tuple(given[2:])))
+        return cls(kernel, stride, _pair(argument(call, 3, "padding", 0)), _pair(dilation), *_sizes(call, given))
 
     @property
     def are_apart(self) -> bool:
@@ -60,55 +62,79 @@ class Windows:
 
     def __call__(self, where: Tensor) -> Where:
         """Which positions (B, K, H, W) lie in a window whose result is True, of results (B, K, h, w)."""
-        for axis in range(2):
-            where = self._along(axis, where)
-        return everywhere_as_none(where.contiguous())
+        if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):
+            return everywhere_as_none(where)
+        down, right = self._steps
+        rows = _spread(self._in_line(where), [j * right for j in range(self.kernel[1])])
+        return self._as_map(_spread(rows, [i * down for i in range(self.kernel[0])]))
 
-    def weighted(self, where: Tensor, nonzero: Tensor) -> Where:
-        """As a call, where windows read only places whose weight is not zero.
-
-        Args:
-            where: (B or 1, K or 1, h, w).
-            nonzero: (K, height, width) of the kernel.
-        """
-        (height, width), (sh, sw), (dh, dw) = where.shape[2:], self.stride, self.dilation
-        out = where.new_zeros(len(where), len(nonzero), self._length(0, height), self._length(1, width))
-        for i in range(self.kernel[0]):
-            for j in range(self.kernel[1]):
-                rows = slice(i * dh, i * dh + (height - 1) * sh + 1, sh)
-                columns = slice(j * dw, j * dw + (width - 1) * sw + 1, sw)
-                out[:, :, rows, columns] |= where & nonzero[:, i, j, None, None]
-        return everywhere_as_none(self._without_padding(out))
+    def weighted(self, where: Tensor, read: Tensor) -> Where:
+        """As a call, where windows read some of their places only: ``read`` (K, height, width) of the kernel."""
+        down, right = self._steps
+        line = self._in_line(where.expand(-1, len(read), -1, -1))
+        offsets = [i * down + j * right for i in range(self.kernel[0]) for j in range(self.kernel[1])]
+        return self._as_map(_spread(line, offsets, read.flatten(1)))
 
     def through_weights(self, where: Tensor, nonzero: Tensor, groups: int) -> Where:
         """As a call, where each weight (outputs, K / groups, height, width) of a convolution is zero or not."""
-        options = {"stride": self.stride, "dilation": self.dilation, "groups": groups}
-        counts = F.conv_transpose2d(where.float(), nonzero.float(), **options)  # of ways that do not meet a zero
-        bottom, right = (self._length(axis, where.shape[axis + 2]) - counts.shape[axis + 2] for axis in range(2))
+        counts = F.conv_transpose2d(  # of the ways that do not meet a zero
+            where.float(), nonzero.float(), stride=self.stride, dilation=self.dilation, groups=groups
+        )
+        bottom, right = (self._lengths[axis] - counts.shape[axis + 2] for axis in range(2))
         return everywhere_as_none(self._without_padding(F.pad(counts > 0.5, (0, right, 0, bottom))))
+
+    # Maps are laid out in lines, row after row with the padding between, so that to shift one is to start elsewhere:
+    # one pass over long stretches of memory for each place of a window.
+
+    @property
+    def _steps(self) -> Pair:
+        """How far in a line it is to a window's next place below, and to the right."""
+        return self.dilation[0] * self._lengths[1], self.dilation[1]
+
+    @property
+    def _lengths(self) -> Pair:
+        """Of the positions with their padding, and beyond where windows do not reach the end."""
+        return self._length(0), self._length(1)
+
+    def _length(self, axis: int) -> int:
+        windowed = (self.results[axis] - 1) * self.stride[axis] + (self.kernel[axis] - 1) * self.dilation[axis] + 1
+        return max(windowed, self.padding[axis] + self.given[axis])
+
+    def _in_line(self, where: Tensor) -> Tensor:
+        """Results (B, K, h, w) as (B, K, places), each where the first place of its window is."""
+        (height, width), (down, right) = self._lengths, self.stride
+        height -= (self.kernel[0] - 1) * self.dilation[0]
+        line = where.new_zeros(*where.shape[:2], height, width)
+        (rows, columns) = ((results - 1) * step + 1 for results, step in zip(self.results, self.stride, strict=True))
+        line[:, :, :rows:down, :columns:right] = where
+        return line.flatten(2)
+
+    def _as_map(self, line: Tensor) -> Where:
+        height, width = self._lengths
+        return everywhere_as_none(
+            self._without_padding(line[..., : height * width].view(*line.shape[:2], height, width))
+        )
 
     def _without_padding(self, where: Tensor) -> Tensor:
         (top, left), (height, width) = self.padding, self.given
         return where[:, :, top : top + height, left : left + width].contiguous()
 
-    def _along(self, axis: int, where: Tensor) -> Tensor:
-        dim, stride, size = axis + 2, self.stride[axis], where.shape[axis + 2]
-        if self.kernel[axis] == stride == 1 and not self.padding[axis]:
-            return where
-        shape = list(where.shape)
-        shape[dim] = self._length(axis, size)
-        out = where.new_zeros(shape)
-        for tap in range(self.kernel[axis]):
-            start = tap * self.dilation[axis]
-            out.narrow(dim, start, (size - 1) * stride + 1)[(slice(None),) * dim + (slice(None, None, stride),)] |= (
-                where
-            )
-        return out.narrow(dim, self.padding[axis], self.given[axis])
 
-    def _length(self, axis: int, results: int) -> int:
-        """Of the positions with their padding, and beyond where windows do not reach the end."""
-        windowed = (results - 1) * self.stride[axis] + (self.kernel[axis] - 1) * self.dilation[axis] + 1
-        return max(windowed, self.padding[axis] + self.given[axis])
+def _spread(line: Tensor, offsets: Sequence[int], read: Tensor | None = None) -> Tensor:
+    """Each True of a line (B, K, places) at every offset from there, or at those that channels read (K, offsets)."""
+    places = line.shape[2]
+    out = line.new_zeros(*line.shape[:2], places + max(offsets))
+    for number, offset in enumerate(offsets):
+        taken = line if read is None else conjunction(line, read[:, number, None])
+        out[..., offset : offset + places] |= taken
+    return out
+
+
+def _sizes(call: Call, given: Size) -> tuple[Pair, Pair]:
+    """H and W of a call's operand and of its result."""
+    if call.result.dim() != 4:
+        raise UnreadableError
+    return _pair(tuple(given[2:])), _pair(tuple(call.result.shape[2:]))
 
 
 def _pair(value: object) -> Pair:
