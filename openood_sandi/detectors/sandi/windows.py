@@ -66,14 +66,24 @@ class Windows:
             return everywhere_as_none(where)
         down, right = self._steps
         rows = _spread(self._in_line(where), [j * right for j in range(self.kernel[1])])
-        return self._as_map(_spread(rows, [i * down for i in range(self.kernel[0])]))
+        return everywhere_as_none(self._as_map(_spread(rows, [i * down for i in range(self.kernel[0])])))
 
     def weighted(self, where: Tensor, read: Tensor) -> Where:
         """As a call, where windows read some of their places only: ``read`` (K, height, width) of the kernel."""
+        read = read.flatten(1)
+        found = self(conjunction(where, read.any(1)[:, None, None]))
+        partly = (read.any(1) & ~read.all(1)).nonzero()[:, 0]
+        if not len(partly):
+            return found
         down, right = self._steps
-        line = self._in_line(where.expand(-1, len(read), -1, -1))
         offsets = [i * down + j * right for i in range(self.kernel[0]) for j in range(self.kernel[1])]
-        return self._as_map(_spread(line, offsets, read.flatten(1)))
+        part = where if where.shape[1] == 1 else where[:, partly]
+        found = where.new_ones(1, len(read), *self.given) if found is None else found
+        line = self._in_line(part.expand(-1, len(partly), -1, -1))
+        found = found.expand(len(where), -1, -1, -1).index_copy(
+            1, partly, self._as_map(_spread(line, offsets, read[partly]))
+        )
+        return everywhere_as_none(found)
 
     def through_weights(self, where: Tensor, nonzero: Tensor, groups: int) -> Where:
         """As a call, where each weight (outputs, K / groups, height, width) of a convolution is zero or not."""
@@ -109,11 +119,9 @@ class Windows:
         line[:, :, :rows:down, :columns:right] = where
         return line.flatten(2)
 
-    def _as_map(self, line: Tensor) -> Where:
+    def _as_map(self, line: Tensor) -> Tensor:
         height, width = self._lengths
-        return everywhere_as_none(
-            self._without_padding(line[..., : height * width].view(*line.shape[:2], height, width))
-        )
+        return self._without_padding(line[..., : height * width].view(*line.shape[:2], height, width))
 
     def _without_padding(self, where: Tensor) -> Tensor:
         (top, left), (height, width) = self.padding, self.given
