@@ -106,7 +106,7 @@ def _convolution(call: Call, given: Size) -> Link:
         unclear = (counts > 0) & (counts <= zeros)
         if found is None or (where.device.type == "cpu" and not unclear.any()):
             return found
-        return union(found, windows.through_weights(where, nonzero, groups))
+        return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
     return _each_filled(change, call.result)
 
@@ -118,7 +118,7 @@ def _any(parts: Tensor) -> Tensor:
 
 def _counts(parts: Tensor) -> Tensor:
     """(B, groups, H, W): how many channels of a group are True, of (B, groups, channels, H, W)."""
-    counts = torch.zeros((), dtype=torch.int32, device=parts.device)
+    counts = parts.new_zeros(1, dtype=torch.int32)
     for start in range(0, parts.shape[2], 255):  # so many are summed in a byte, several times as fast as in more
         few = parts[:, :, start : start + 255].view(torch.uint8)
         counts = counts + few.sum(2, dtype=torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import Where, conjunction, everywhere_as_none
@@ -85,13 +85,24 @@ class Windows:
         )
         return everywhere_as_none(found)
 
-    def through_weights(self, where: Tensor, nonzero: Tensor, groups: int) -> Where:
-        """As a call, where each weight (outputs, K / groups, height, width) of a convolution is zero or not."""
-        counts = F.conv_transpose2d(  # of the ways that do not meet a zero
-            where.float(), nonzero.float(), stride=self.stride, dilation=self.dilation, groups=groups
-        )
-        bottom, right = (self._lengths[axis] - counts.shape[axis + 2] for axis in range(2))
-        return everywhere_as_none(self._without_padding(F.pad(counts > 0.5, (0, right, 0, bottom))))
+    def through_weights(self, where: Tensor, unclear: Tensor, nonzero: Tensor) -> Tensor:
+        """As a call, for some results alone, of a convolution each of whose weights is zero or not.
+
+        Args:
+            where: (B, outputs, h, w).
+            unclear: (B, h, w): which results to go through.
+            nonzero: (groups, outputs / groups, K / groups, height, width).
+        """
+        groups, _, inputs, *kernel = nonzero.shape
+        image, y, x = unclear.nonzero().T
+        open_ = where[image, :, y, x].float().view(len(image), groups, -1)
+        out = where.new_zeros(len(where), groups * inputs, *self._lengths)
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                ways = torch.einsum("ngo,goc->ngc", open_, nonzero[..., i, j].float())  # that do not meet a zero
+                row, column = y * self.stride[0] + i * self.dilation[0], x * self.stride[1] + j * self.dilation[1]
+                out[image, :, row, column] |= ways.flatten(1) > 0.5
+        return self._without_padding(out)
 
     # Maps are laid out in lines, row after row with the padding between, so that to shift one is to start elsewhere:
     # one pass over long stretches of memory for each place of a window.
@@ -114,8 +125,8 @@ class Windows:
         """Results (B, K, h, w) as (B, K, places), each where the first place of its window is."""
         (height, width), (down, right) = self._lengths, self.stride
         height -= (self.kernel[0] - 1) * self.dilation[0]
+        rows, columns = ((results - 1) * step + 1 for results, step in zip(self.results, self.stride, strict=True))
         line = where.new_zeros(*where.shape[:2], height, width)
-        (rows, columns) = ((results - 1) * step + 1 for results, step in zip(self.results, self.stride, strict=True))
         line[:, :, :rows:down, :columns:right] = where
         return line.flatten(2)
 
@@ -131,10 +142,11 @@ class Windows:
 def _spread(line: Tensor, offsets: Sequence[int], read: Tensor | None = None) -> Tensor:
     """Each True of a line (B, K, places) at every offset from there, or at those that channels read (K, offsets)."""
     places = line.shape[2]
-    out = line.new_zeros(*line.shape[:2], places + max(offsets))
-    for number, offset in enumerate(offsets):
-        taken = line if read is None else conjunction(line, read[:, number, None])
-        out[..., offset : offset + places] |= taken
+    out = line.new_empty(*line.shape[:2], places + max(offsets))
+    out[..., :places] = line if read is None else conjunction(line, read[:, :1])
+    out[..., places:] = False
+    for number, offset in enumerate(offsets[1:], 1):
+        out[..., offset : offset + places] |= line if read is None else conjunction(line, read[:, number, None])
     return out
 
 
