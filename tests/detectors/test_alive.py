@@ -26,8 +26,9 @@ def shares(net: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
     for name in names:
 
         def keep(module: nn.Module, given: object, output: Tensor, name: str = name) -> Tensor:
-            outputs[name] = output.detach().requires_grad_(True) if not output.requires_grad else output
-            return outputs[name].view_as(outputs[name])
+            # a new tensor: what else the network does with the old one is beside the split
+            outputs[name] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_(True)
+            return outputs[name]
 
         handles.append(net.get_submodule(name).register_forward_hook(keep))
     try:
