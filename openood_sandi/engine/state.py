@@ -1,12 +1,10 @@
 """The state of a network that each of its passes starts from.
 
-A forward may leave things behind: running averages, caches, counts, tensors of its graph. Scores are those of the network
-as it was found, so what a pass left is put back before the next one, whatever that was.
+A forward may leave things behind: running averages, caches, counts, tensors of its graph. Scores are those of the
+network as it was found, so what a pass left is put back before the next one, whatever that was.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ class Snapshot:
         self._net, self._contents, self._private = net, contents, private
         buffers = (tensor for scripted in contents.scripted for tensor in scripted.buffers())
         kept = (tensor for tensor in contents.tensors if not isinstance(tensor, nn.Parameter))
-        self._tensors: Sequence[Tensor] = [tensor for tensor in (*kept, *buffers) if not tensor.is_inference()]
+        self._tensors = [tensor for tensor in (*kept, *buffers) if not tensor.is_inference()]
         with torch._C.DisableTorchFunction(), torch.no_grad():
             self._values = [tensor.detach().clone() for tensor in self._tensors]
             self._memory = [(tensor, tensor.data) for tensor in contents.tensors if not nn.parameter.is_lazy(tensor)]
@@ -77,7 +75,7 @@ class Snapshot:
         with torch._C.DisableTorchFunction():
             return list(map(version, self._tensors))
 
-    def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if not self._private:
                 pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if not _same(t, s)]

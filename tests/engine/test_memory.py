@@ -187,7 +187,7 @@ def test_no_tensor_outlives_a_batch() -> None:
         with SmallDevice(math.inf) as device:
             for _ in range(3):
                 use(detector, x)
-            # no collection of garbage was needed; what stays is the twin's buffers, twice, and which classes' rows are open
+            # without a collection of garbage; what stays is the twin's buffers, twice, and which classes' rows are open
             assert device.bytes <= 2 * sum(buffer.nbytes for buffer in net.buffers()) + 3, options
 
 
