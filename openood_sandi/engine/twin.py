@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
+from openood_sandi.engine.fingerprint import Fingerprint
 from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.state import Snapshot
@@ -57,6 +58,7 @@ class Twin:
         self._why = ""
         self._warned = False
         self._state: Snapshot | None = None
+        self._fingerprint: Fingerprint | None = None
 
     def __reduce__(self) -> tuple[type[Twin], tuple[nn.Module, Callable[[Any], Any] | None]]:
         return Twin, (self.net, self.logits)  # locks do not travel, and the copy of a detector makes its own twin
@@ -78,12 +80,14 @@ class Twin:
             self._update()
             return self._why
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Every tensor that the original holds: parameters, buffers, and those kept as attributes."""
+    def fingerprint(self) -> bytes:
+        """A digest of every tensor that the original holds: parameters, buffers, and those kept as attributes."""
         with self._lock:
             self._update()
-            return self._original.tensors if self._original is not None else ()
+            if self._fingerprint is None:
+                assert self._original is not None
+                self._fingerprint = Fingerprint(self._original.tensors)
+            return self._fingerprint()
 
     def current(self) -> nn.Module:
         """The twin as the original is now, or the original where it is ``shared``.
@@ -140,7 +144,7 @@ class Twin:
         if self._original is not None and self._original.unchanged():
             return
         for _ in range(_ATTEMPTS):
-            self._original = self._copied = None
+            self._original = self._copied = self._fingerprint = None
             original = Contents(self.net)
             if original.lazy is not None:
                 raise ValueError(
