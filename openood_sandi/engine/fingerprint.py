@@ -1,8 +1,8 @@
 """Whether tensors hold what they held before, by reading them.
 
 Counts of writes do not tell: writes through ``.data`` or ``.numpy()``, as pruning makes them, are not counted, nor are
-those into inference tensors. Norms do not tell either: a weight of 1e-9 beside others of 0.1 may become zero, and rows may
-change places, without a bit of the norm changing. So the bytes are read, once, and summed in lanes.
+those into inference tensors. Norms do not tell either: a weight of 1e-9 beside others of 0.1 may become zero, and rows
+may change places, without a bit of the norm changing. So the bytes are read, once, and summed in lanes.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ class Tape(TorchFunctionMode):
         Every result is shown to ``heard``.
 
         Raises:
-            ReplayError: the recorded pass wrote into tensors that the network holds, and that its record shows.
+            ReplayError: the pass cannot be repeated; or the recorded one wrote into tensors that the network holds, and
+                that its record shows.
         """
         if self._state is not None:
             # values stay as the recorded pass left them: a call in place that is not made again gave them
@@ -141,6 +142,11 @@ class Tape(TorchFunctionMode):
         self._heard = heard
         try:
             return self._run(x, tap)
+        except Exception as error:  # of code that torch's function mode does not see, as TorchScript's
+            if isinstance(error, ReplayError) or is_out_of_memory(error):
+                raise
+            last = str(error).strip().rpartition("\n")[2]
+            raise ReplayError(f"it cannot run on several perturbed copies at once ({last})") from error
         finally:
             self._heard = None
 
