@@ -28,9 +28,10 @@ class Snapshot:
         buffers = (tensor for scripted in contents.scripted for tensor in scripted.buffers())
         kept = (tensor for tensor in contents.tensors if not isinstance(tensor, nn.Parameter))
         self._tensors = [tensor for tensor in (*kept, *buffers) if not tensor.is_inference()]
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             self._values = [tensor.detach().clone() for tensor in self._tensors]
             self._memory = [(tensor, tensor.data) for tensor in contents.tensors if not nn.parameter.is_lazy(tensor)]
+            self._attached = {id(tensor) for tensor in self._tensors if tensor.requires_grad}
         self._versions = self._counted()
 
     def take(self) -> None:
@@ -46,6 +47,9 @@ class Snapshot:
             with torch._C.DisableTorchFunction():
                 for tensor, data in self._memory:
                     tensor.data = data
+        for tensor in self._tensors:
+            if tensor.requires_grad and id(tensor) not in self._attached:  # writing in place tied it to a pass's graph
+                tensor.detach_()
         if values:
             self._copy(self._tensors, self._values)
             self._versions = self._counted()
