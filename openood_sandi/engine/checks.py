@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
+from openood_sandi.engine.threads import in_this_thread
 
 _log = logging.getLogger(__name__)
 
@@ -125,12 +126,13 @@ def not_finite(net: nn.Module, x: Tensor) -> list[str]:
 def _hooks(
     net: nn.Module, enter: Callable[[str, object], object], leave: Callable[[str, object], object]
 ) -> Iterator[None]:
-    """Calls ``enter(name, arguments)`` and ``leave(name, output)`` at every module of the passes inside."""
+    """Calls ``enter(name, arguments)`` and ``leave(name, output)`` at every module of this thread's passes inside."""
     handles = []
     try:
         for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: _void(enter(name, args))))
-            handles.append(module.register_forward_hook(lambda _, args, out, name=name: _void(leave(name, out))))
+            entering = in_this_thread(lambda _, args, name=name: _void(enter(name, args)))
+            leaving = in_this_thread(lambda _, args, out, name=name: _void(leave(name, out)))
+            handles += [module.register_forward_pre_hook(entering), module.register_forward_hook(leaving)]
         yield
     finally:
         for handle in handles:
