@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.wrappers import unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -23,14 +24,7 @@ def eager_network(net: nn.Module) -> nn.Module:
     """The network inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is {_kind(net)}, expected an eager torch.nn.Module")
-    while True:
-        compiled = getattr(net, "_orig_mod", None)  # torch.compile's wrapper
-        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            net = net.module
-        elif isinstance(compiled, nn.Module):
-            net = compiled
-        else:
-            break
+    net = unwrapped(net)
     if isinstance(net, torch.jit.ScriptModule):
         raise TypeError("net is a TorchScript module, whose layers cannot be split; pass the eager network behind it")
     for name, module in net.named_modules():

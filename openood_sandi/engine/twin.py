@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from openood_sandi.engine.contents import Contents, Mirror, version
 from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
+from openood_sandi.engine.wrappers import innermost
 
 __all__ = ["Snapshot", "Twin"]
 
@@ -169,8 +170,8 @@ class _Copied:
             memo |= {id(parameter): _alias(parameter) for parameter in self.parameters}
             pairs = [(tensor, tensor.detach().clone()) for tensor in others]
             memo |= {id(tensor): copied for tensor, copied in pairs}
-            for wrapper in original.compiled:
-                memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
+            for wrapper in original.wrappers:
+                memo[id(wrapper)] = copy.deepcopy(innermost(wrapper), memo)
             self.net: nn.Module = copy.deepcopy(net, memo)
         for scripted in original.scripted:
             pairs += _scripted_pairs(scripted, memo[id(scripted)])
