@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
-__all__ = ["Choice", "SplitNetwork"]
+__all__ = ["Choice", "SplitNetwork", "Weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,21 @@ U = TypeVar("U")
 
 Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 """From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
+
+
+class Weights(NamedTuple):
+    """Tells states of a network's weights from one another."""
+
+    counted: tuple[object, ...]
+    """Counts of writes. They tell most changes; not those through ``.data`` or ``.numpy()``, as pruning makes them, and
+    into inference tensors."""
+    norms: list[Tensor]
+    """In which the others show, where the weights are: to read them is to wait for the device."""
+
+    @staticmethod
+    def values(norms: Sequence[Tensor]) -> tuple[bytes, ...]:
+        """``norms`` on the CPU as values to compare: NaN is not equal to itself."""
+        return tuple(norm.double().numpy().tobytes() for norm in norms)
 
 
 class SplitNetwork:
@@ -167,21 +182,16 @@ class SplitNetwork:
             )
         return logits
 
-    def weights_version(self) -> tuple[object, ...]:
-        """What is another after a change of any tensor that the network holds.
-
-        Counts of writes tell most of it; those through ``.data`` or ``.numpy()``, as pruning makes them, and those into
-        inference tensors are not counted, and show in the norms.
-        """
+    def weights(self) -> Weights:
+        """What is another after a change of any tensor that the network holds. To be called inside :meth:`over`."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
             tensors = [t for t in self._twin.tensors if t.layout == torch.strided and t.is_floating_point()]
             norms = torch._foreach_norm(tensors) if tensors else ()
-            # of one kind each: bytes, as NaN is not equal to itself, and one look for each device
             kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for norm in norms:
                 kinds[norm.device, norm.dtype].append(norm)
-            values = tuple(torch.stack(of_kind).cpu().double().numpy().tobytes() for of_kind in kinds.values())
-        return self._made, *values, *map(version, tensors)
+            stacked = [torch.stack(of_kind) for of_kind in kinds.values()]
+        return Weights((self._made, *map(version, tensors)), stacked)
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""

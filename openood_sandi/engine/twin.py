@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
+from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.wrappers import innermost
@@ -220,8 +221,9 @@ class Snapshot:
         if not self._contents.unchanged():
             self._contents.restore()
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            for tensor, value in self._values:
-                if not torch.equal(tensor, value):
+            written = fetch(*((tensor != value).any() for tensor, value in self._values))
+            for (tensor, value), differs in zip(self._values, written, strict=True):
+                if differs:
                     tensor.copy_(value)
 
 

@@ -42,7 +42,8 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def _inside(thing: object) -> nn.Module | None:
-    if isinstance(thing, _PARALLEL):
-        return thing.module
-    eager = getattr(thing, "_orig_mod", None) if isinstance(thing, nn.Module) else None  # torch.compile's wrapper
-    return eager if isinstance(eager, nn.Module) else None
+    if not isinstance(thing, nn.Module):
+        return None
+    # torch.compile's wrapper keeps the network under a name of its own
+    inner = getattr(thing, "module" if isinstance(thing, _PARALLEL) else "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None

@@ -4,82 +4,22 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI, SandIC
-from openood_sandi.detectors.gaia import GAIA
-from tests.helpers.cases import randomise
+from tests.helpers.every_detector import KINDS, images, made, network
 
 SCORING = 3
 ROUNDS = 2
 
 
-class Staged(nn.Module):
-    """Three stages of a convolution, a batch norm and a ReLU each, the last two at half the resolution before.
-
-    Behind each of its parts other threads have their turn, so that passes of several always overlap.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage1, self.stage2, self.stage3 = (self.stage(*widths) for widths in ((3, 8, 1), (8, 16, 2), (16, 24, 2)))
-        self.head = nn.Linear(24, 5)
-
-    @staticmethod
-    def stage(before: int, after: int, stride: int) -> nn.Sequential:
-        convolution = nn.Conv2d(before, after, 3, stride, padding=1)
-        return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in (self.stage1, self.stage2, self.stage3):
-            x = stage(x)
-            time.sleep(2e-4)
-        x = self.head(x.mean((2, 3)))
-        time.sleep(2e-4)
-        return x
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    net = Staged()
-    randomise(net)
-    return net.eval()
-
-
-def images(count: int, seed: int) -> Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-TRAINING = (images(60, 1), torch.arange(60) % 5)
-
-
-def as_fitted(kind: type, net: nn.Module, **options: Any) -> Any:
-    """A detector that has been fitted and has not seen a batch yet, as OpenOOD's face makes one for each data set."""
-    first, detector = kind(net, **options).fit([TRAINING], val=images(60, 2)), kind(net, **options)
-    for name in kind.fitted:
-        setattr(detector, name, getattr(first, name))
-    return detector
-
-
-KINDS: dict[str, Callable[[nn.Module], Any]] = {
-    "S&I-Z": lambda net: SandI(net, variant="Z"),
-    "union": lambda net: SandI(net, variant="Z", combine="union"),
-    "S&I-A": lambda net: SandI(net, variant="A"),
-    "GAIA": GAIA,
-    "GSC": GradientShortCircuit,
-    "GSC at a layer": lambda net: GradientShortCircuit(net, layer="last_stage", mask_ratio=0.1),
-    "Prototype Fusion": lambda net: as_fitted(PrototypeFusion, net),
-    "S&I-C": lambda net: as_fitted(SandIC, net, use_z="always"),
-}
 SLOW = ("S&I-Z",)
 every_kind = pytest.mark.parametrize(
-    "make", [pytest.param(make, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, make in KINDS.items()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS]
 )
 
 
@@ -131,14 +71,14 @@ def trains(net: nn.Module, rounds: int) -> Callable[[], None]:
 
 
 @every_kind
-def test_threads_with_one_detector_and_one_that_trains(make: Callable[[nn.Module], Any]) -> None:
+def test_threads_with_one_detector_and_one_that_trains(name: str) -> None:
     """From the first batch on, when layers are looked for: a look at another thread's pass would find others."""
-    net = network()
-    alone = make(net)
+    net = network(pause=2e-4)
+    alone = made(name, net)
     batches = [images(2 + k, 20 + k) for k in range(SCORING)]
     expected = [alone(x) for x in batches]
     for _ in range(ROUNDS):
-        detector = make(net)
+        detector = made(name, net)
 
         def score(which: int, detector: Any = detector) -> None:
             for _ in range(2):
@@ -150,11 +90,11 @@ def test_threads_with_one_detector_and_one_that_trains(make: Callable[[nn.Module
 
 
 @every_kind
-def test_threads_with_a_detector_each(make: Callable[[nn.Module], Any]) -> None:
-    net = network()
+def test_threads_with_a_detector_each(name: str) -> None:
+    net = network(pause=2e-4)
     batches = [images(3, 30 + k) for k in range(SCORING)]
-    expected = [make(net)(x)[1] for x in batches]
-    detectors = [make(net) for _ in range(SCORING)]
+    expected = [made(name, net)(x)[1] for x in batches]
+    detectors = [made(name, net) for _ in range(SCORING)]
 
     def score(which: int) -> None:
         torch.testing.assert_close(detectors[which](batches[which])[1], expected[which], rtol=0, atol=0)

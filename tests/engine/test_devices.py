@@ -23,8 +23,10 @@ class Images:
 
 
 class Memory:
-    """Stands in for ``torch.cuda``, ``torch.xpu`` and ``torch.mps``, as far as memory goes: 10 GiB, of which 7 are taken,
-    2 of those by torch for later allocations."""
+    """Stands in for ``torch.cuda``, ``torch.xpu`` and ``torch.mps`` as far as memory goes.
+
+    There are 10 GiB, of which torch has taken 7, two of them for later allocations.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch, kind: str) -> None:
         self.emptied = 0
