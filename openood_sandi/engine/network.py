@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
-__all__ = ["Choice", "SplitNetwork"]
+__all__ = ["Choice", "SplitNetwork", "Weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,20 @@ U = TypeVar("U")
 
 Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 """From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
+
+
+class Weights(NamedTuple):
+    """Tells states of a network's weights from one another."""
+
+    known: tuple[object, ...]
+    """What the host has read."""
+    sums: list[Tensor]
+    """What is summed on other devices: to read them is to wait."""
+
+    @staticmethod
+    def values(sums: Sequence[Tensor]) -> tuple[bytes, ...]:
+        """``sums`` on the CPU as values to compare."""
+        return tuple(total.numpy().tobytes() for total in sums)
 
 
 class SplitNetwork:
@@ -164,9 +178,10 @@ class SplitNetwork:
             )
         return logits
 
-    def weights_version(self) -> tuple[object, ...]:
+    def weights(self) -> Weights:
         """What is another after a change of any tensor that the network holds, however it was made: all are read."""
-        return self._made, self._twin.fingerprint()
+        read, sums = self._twin.fingerprint()
+        return Weights((self._made, read), sums)
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""
