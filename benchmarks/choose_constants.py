@@ -2,9 +2,10 @@
 
     python benchmarks/choose_constants.py "--data cifar10 --network resnet20" "--data cifar100 --network ..." --out OUT
 
-No test image is looked at. Prototypes are of training images, evenly spaced through their list; of the ID validation images every other one gives
-means and deviations, and the rest are told from OpenOOD's OSR validation set (TinyImageNet: near-OOD) and from
-themselves corrupted (:mod:`comparison.corruptions`: far-OOD). The rule was written down before the first run:
+No test image is looked at. Prototypes are of training images, evenly spaced through their list; of the ID validation
+images every other one gives means and deviations, and the rest are told from OpenOOD's OOD validation set
+(TinyImageNet: near-OOD) and from themselves corrupted (:mod:`comparison.corruptions`: far-OOD). The rule was written
+down before the first run:
 
     of all constants whose near AUROC is at least energy's - 0.2 on every network, those with the largest mean over
     networks of (near + far) / 2; far is the mean over the corruptions
