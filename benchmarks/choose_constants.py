@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables[f"one at a time {title}"] = _one_at_a_time(ranked, DEFAULTS[labelled])
     tables["every network"] = found[[_is_default_or_energy(row) for row in found.to_dict("records")]]
     rule = (__doc__ or "").partition("\n\n    of all")[2].partition("\n\n")[0]
-    study.write("The constants of S&I-C", TEXT.format(rule=f"The rule: of all{' '.join(rule.split())}."), tables)
+    study.write("The constants of S&I-C", TEXT.format(rule=f"The rule: of all {' '.join(rule.split())}."), tables)
     return 0
 
 
