@@ -231,10 +231,13 @@ def test_the_study_of_the_sign(tmp_path: Path) -> None:
 
 
 def test_the_study_of_cost(tmp_path: Path) -> None:
-    assert fit_cost.main(["--data digits", "--images", "60", "--turns", "2", "--out", str(tmp_path)]) == 0
+    assert (
+        fit_cost.main(["--data digits", "--images", "60", "--turns", "2", "--batch-size", "15", "--out", str(tmp_path)])
+        == 0
+    )
     rows = json.loads((tmp_path / "results.json").read_text())["time"]
     assert [(row["what"], row["images"]) for row in rows] == [
-        *(("fit, labels", 60), ("score one image, labels", 1)),
-        *(("fit, no labels", 60), ("score one image, no labels", 1)),
+        *(("fit, labels", 60), ("score, labels", 1), ("score, labels", 15)),
+        *(("fit, no labels", 60), ("score, no labels", 1), ("score, no labels", 15)),
     ]
     assert all(row["lower"] <= row["forwards"] <= row["upper"] for row in rows)
