@@ -82,7 +82,7 @@ class Twin:
             return self._why
 
     def fingerprint(self) -> tuple[bytes, list[Tensor]]:
-        """A :class:`Fingerprint` of all tensors that the original holds: parameters, buffers, those kept as attributes."""
+        """A :class:`Fingerprint` of all tensors that the original holds: parameters, buffers, attributes."""
         with self._lock:
             self._update()
             if self._fingerprint is None:
