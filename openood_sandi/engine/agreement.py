@@ -18,6 +18,7 @@ from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.walk import Objective, Observer, Walk, walk_splits
 
@@ -41,7 +42,9 @@ def _largest(logits: Tensor, feature: Tensor | None) -> Tensor:
     return logits.max(-1).values.sum()
 
 
-def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: MemoryBudget) -> str:
+def disagreement(
+    net: nn.Module, x: Tensor, sites: Sequence[Site], budget: MemoryBudget, state: Snapshot | None = None
+) -> str:
     """In what replayed passes differ from plain ones on images ``x`` (b, C, H, W), in words; "" where they agree.
 
     Compared are the logits, and the first two gradients at a few of the ``sites``; those that are no module's output
@@ -55,13 +58,15 @@ def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: Memor
     walk = Walk(lambda logits, feature: dict.fromkeys(chosen, objective), _ATTACK)
     replayed, plain = _Gradients(), _Gradients()
     try:
+        if state is not None:
+            state.restore()
         expected = walk_plain(net, x, chosen, walk, plain)
     except (RuntimeError, ValueError) as error:  # autograd refuses what a record can do without, as out=
         if is_out_of_memory(error):
             raise
         return ""
     try:
-        logits = walk_splits(Tape(net, chosen), x, walk, replayed, budget)
+        logits = walk_splits(Tape(net, chosen, state), x, walk, replayed, budget)
     except ReplayError as error:
         return str(error)
     tolerance = _TOLERANCE.get(logits.dtype, 0.1)

@@ -37,6 +37,11 @@ def eager_network(net: nn.Module) -> nn.Module:
     return net
 
 
+def called_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``net`` by name that Python calls, so that hooks can be set: TorchScript's are none."""
+    return (named for named in net.named_modules() if not isinstance(named[1], torch.jit.ScriptModule))
+
+
 def require_images(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {_kind(x)}, expected a tensor of images (B, C, H, W)")
@@ -123,7 +128,7 @@ def _hooks(
     """Calls ``enter(name, arguments)`` and ``leave(name, output)`` at every module of this thread's passes inside."""
     handles = []
     try:
-        for name, module in net.named_modules():
+        for name, module in called_modules(net):
             entering = in_this_thread(lambda _, args, name=name: _void(enter(name, args)))
             leaving = in_this_thread(lambda _, args, out, name=name: _void(leave(name, out)))
             handles += [module.register_forward_pre_hook(entering), module.register_forward_hook(leaving)]

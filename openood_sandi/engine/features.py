@@ -149,7 +149,7 @@ _Calls = list[tuple[str, tuple[int, ...]]]  # name of a module and shape of its 
 
 def _calls(net: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], _Calls]:
     net = checks.eager_network(net)
-    modules = {name: module for name, module in net.named_modules() if name}
+    modules = {name: module for name, module in checks.called_modules(net) if name}
     calls: _Calls = []
     with torch.no_grad(), hooked(modules, lambda name, _, output: calls.append((name, tuple(output.shape)))):
         net(x[:1])

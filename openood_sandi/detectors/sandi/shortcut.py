@@ -135,7 +135,7 @@ class ShortcutDensities:
         self._computed, self._steps_alone = computed, steps_alone
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
-        self._norms: dict[object, tuple[bytes, ...]] = {}
+        self._sums: dict[object, tuple[bytes, ...]] = {}
         """Of the weights as they were last read, by their counts of writes."""
         self._looked_at: dict[object, set[int]] = {}
         """Predicted classes of which an image was both read and computed, alike."""
@@ -156,10 +156,10 @@ class ShortcutDensities:
         # a network may treat an image alone otherwise
         kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
         weights = self._network.weights()
-        # their norms are asked for with all else that is to be known of the batch, and believed to be the last ones
-        norms = self._norms.get(weights.counted) or Weights.values(fetch(*weights.norms))
-        self._norms = {weights.counted: norms}
-        key = (*kind, weights.counted, norms)
+        # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
+        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
+        self._sums = {weights.known: sums}
+        key = (*kind, weights.known, sums)
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
@@ -173,9 +173,9 @@ class ShortcutDensities:
         finite = logits.isfinite().all(1)
         proved = torch.where(finite & ~unproved, logits.argmax(1), -1)
         to_compute = unproved & finite
-        *norms_now, classes, unproved, count = fetch(*weights.norms, proved, unproved, to_compute.sum())
-        if Weights.values(norms_now) != norms:
-            self._norms = {}
+        *sums_now, classes, unproved, count = fetch(*weights.sums, proved, unproved, to_compute.sum())
+        if Weights.values(sums_now) != sums:
+            self._sums = {}
             self._seen -= len(x)
             return self(x)
         if not self._agrees(x, found, classes.tolist(), key):
