@@ -40,11 +40,13 @@ class Fingerprint:
         seen: set[int] = set()
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
-                if tensor.layout != torch.strided or tensor.device.type == "meta":
+                address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+                if not address:  # no memory, as on the meta device, or not in one piece
                     self._unread.append(tensor)
-                elif (address := tensor.untyped_storage().data_ptr()) not in seen:  # tensors may share their memory
+                elif address not in seen:  # tensors may share their memory
                     seen.add(address)
-                    self._add(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()))
+                    whole = tensor.untyped_storage().nbytes() // tensor.element_size()
+                    self._add(tensor.detach().as_strided((whole,), (1,), 0).view(torch.uint8))
 
     def _add(self, memory: Tensor) -> None:
         whole = len(memory) // _ROW * _ROW
