@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import is_autocast
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
@@ -51,7 +52,7 @@ def disagreement(
     """
     chosen = [site for site in sites if site.module is not None]
     chosen = chosen[:: max(1, -(-len(chosen) // _SITES))]
-    if not chosen or x.dtype not in _TOLERANCE or _is_autocast(x.device):
+    if not chosen or x.dtype not in _TOLERANCE or is_autocast(x.device):
         return ""
     objective = Objective(_largest, _largest)
     walk = Walk(lambda logits, feature: dict.fromkeys(chosen, objective), _ATTACK)
@@ -83,7 +84,3 @@ def disagreement(
 def _close(found: Tensor, right: Tensor, tolerance: float) -> bool:
     difference = (found - right).nan_to_num(0.0, 0.0, 0.0)
     return found.shape == right.shape and float(difference.norm()) <= tolerance * float(right.nan_to_num().norm())
-
-
-def _is_autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import checks
+from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["LinearHead", "Penultimate", "hooked", "pooled", "require_called", "stages"]
 
 
 @contextmanager
 def hooked(modules: dict[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls ``seen(name, input, output)`` for each call of a module from one tensor to one tensor."""
+    """Calls ``seen(name, input, output)`` for each call of a module from one tensor to one tensor, in this thread."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def see(module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
@@ -30,7 +31,7 @@ def hooked(modules: dict[str, nn.Module], seen: Callable[[str, Tensor, Tensor], 
 
         return see
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(in_this_thread(hook(name))) for name, module in modules.items()]
     try:
         yield
     finally:

@@ -7,8 +7,8 @@ may change places, without a bit of the norm changing. So the bytes are read, on
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ _ROW = 8 * _LANES
 
 
 class Fingerprint:
-    """A digest of what ``tensors`` hold, as often as it is asked for.
+    """What tells apart the states of ``tensors``, as often as it is asked for.
 
     Each lane is the sum of every 251st eight bytes, without loss: any single change shows.
 
@@ -33,34 +33,43 @@ class Fingerprint:
         tensors: they keep their memory as long as this is used.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
         self._arrays: list[tuple[NDArray[np.uint64], NDArray[np.uint8]]] = []
-        self._elsewhere: list[tuple[Tensor, Tensor]] = []
-        self._unread: list[Tensor] = []
+        self._elsewhere: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         seen: set[int] = set()
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
-                if tensor.layout != torch.strided or tensor.device.type == "meta":
-                    self._unread.append(tensor)
-                elif (address := tensor.untyped_storage().data_ptr()) not in seen:  # tensors may share their memory
+                if tensor.layout != torch.strided or tensor.device.type == "meta":  # counts alone tell of these
+                    continue
+                address = tensor.untyped_storage().data_ptr()
+                if address not in seen:  # tensors may share their memory
                     seen.add(address)
                     self._add(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()))
 
     def _add(self, memory: Tensor) -> None:
         whole = len(memory) // _ROW * _ROW
         if memory.device.type == "cpu":
-            array = memory.numpy()
+            array = memory.numpy()  # whose sums are four times as fast as torch's
             self._arrays.append((array[:whole].view(np.uint64).reshape(-1, _LANES), array[whole:]))
         else:
-            self._elsewhere.append((memory[:whole].view(torch.int64).reshape(-1, _LANES), memory[whole:]))
+            rows = memory[:whole].view(torch.int64).reshape(-1, _LANES)
+            self._elsewhere[memory.device].append((rows, memory[whole:]))
 
-    def __call__(self) -> bytes:
-        digest = hashlib.blake2b(repr([version(tensor) for tensor in self._unread]).encode(), digest_size=16)
-        for rows, rest in self._arrays:
-            digest.update(np.add.reduce(rows, axis=0).data)
-            digest.update(rest.data)
-        if self._elsewhere:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                found = [part for rows, rest in self._elsewhere for part in (rows.sum(0).view(torch.uint8), rest)]
-                digest.update(torch.cat(found).cpu().numpy().data)
-        return digest.digest()
+    def counts(self) -> list[int | None]:
+        """How often each of the tensors was written to, as far as torch counts it."""
+        with torch._C.DisableTorchFunction():
+            return list(map(version, self._tensors))
+
+    def sums(self) -> list[Tensor]:
+        """The sums of lanes, and the bytes that fill none, as bytes (N,) on each device that has any of the tensors."""
+        found = []
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+            if self._arrays:
+                parts = [part for rows, rest in self._arrays for part in (np.add.reduce(rows, 0).view(np.uint8), rest)]
+                found.append(torch.from_numpy(np.concatenate(parts)))
+            for device in self._elsewhere.values():
+                found.append(
+                    torch.cat([part for rows, rest in device for part in (rows.sum(0).view(torch.uint8), rest)])
+                )
+        return found

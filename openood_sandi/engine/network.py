@@ -6,10 +6,11 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
-__all__ = ["Choice", "SplitNetwork"]
+__all__ = ["Choice", "SplitNetwork", "Weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,21 @@ U = TypeVar("U")
 
 Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 """From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
+
+
+class Weights(NamedTuple):
+    """Tells states of a network's weights from one another."""
+
+    counted: tuple[object, ...]
+    """Counts of writes. They tell most changes; not those through ``.data`` or ``.numpy()``, as pruning makes them, and
+    into inference tensors."""
+    sums: list[Tensor]
+    """In which the others show (:mod:`.fingerprint`), where the weights are: to read them is to wait for the device."""
+
+    @staticmethod
+    def values(sums: Sequence[Tensor]) -> tuple[bytes, ...]:
+        """``sums`` on the CPU as values to compare."""
+        return tuple(hashlib.blake2b(of_device.numpy().data, digest_size=16).digest() for of_device in sums)
 
 
 class SplitNetwork:
@@ -164,9 +180,10 @@ class SplitNetwork:
             )
         return logits
 
-    def weights_version(self) -> tuple[object, ...]:
-        """What is another after a change of any tensor that the network holds, however it was made: all are read."""
-        return self._made, self._twin.fingerprint()
+    def weights(self) -> Weights:
+        """What is another after a change of any tensor that the network holds. To be called inside :meth:`over`."""
+        fingerprint = self._twin.fingerprint
+        return Weights((self._made, *fingerprint.counts()), fingerprint.sums())
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""

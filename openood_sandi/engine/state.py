@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, version
+from openood_sandi.engine.devices import fetch
 
 __all__ = ["Snapshot"]
 
@@ -82,7 +83,9 @@ class Snapshot:
     def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if not self._private:
-                pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if not _same(t, s)]
+                pairs = list(zip(targets, sources, strict=True))
+                differ = fetch(*((target != source).any() for target, source in pairs))
+                pairs = [pair for pair, differs in zip(pairs, differ, strict=True) if differs]
                 targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
             if targets:
                 torch._foreach_copy_(targets, sources)

@@ -30,6 +30,7 @@ from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.wrappers import innermost
 
 __all__ = ["Twin"]
 
@@ -80,14 +81,15 @@ class Twin:
             self._update()
             return self._why
 
-    def fingerprint(self) -> bytes:
-        """A digest of every tensor that the original holds: parameters, buffers, and those kept as attributes."""
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of every tensor that the original holds: parameters, buffers, and those kept as attributes."""
         with self._lock:
             self._update()
             if self._fingerprint is None:
                 assert self._original is not None
                 self._fingerprint = Fingerprint(self._original.tensors)
-            return self._fingerprint()
+            return self._fingerprint
 
     def current(self) -> nn.Module:
         """The twin as the original is now, or the original where it is ``shared``.
@@ -183,8 +185,8 @@ class _Copied:
             memo |= {id(parameter): _alias(parameter) for parameter in self.parameters}
             pairs = [(tensor, tensor.detach().clone()) for tensor in others]
             memo |= {id(tensor): copied for tensor, copied in pairs}
-            for wrapper in original.compiled:
-                memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
+            for wrapper in original.wrappers:
+                memo[id(wrapper)] = copy.deepcopy(innermost(wrapper), memo)
             self.net: nn.Module = copy.deepcopy(net, memo)
         for scripted in original.scripted:
             pairs += _scripted_pairs(scripted, memo[id(scripted)])

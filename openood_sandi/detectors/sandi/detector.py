@@ -18,6 +18,7 @@ from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_pla
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, Walk
@@ -266,10 +267,13 @@ class SandI(Detector):
         Raises:
             ValueError: they are all zero.
         """
-        scores = {score for score in tau.tolist() if math.isfinite(score)}
+        if len(x) < 2:
+            return
+        found, alike = fetch(tau, (x == x[:1]).all())
+        scores = {score for score in found.tolist() if math.isfinite(score)}
         if len(scores) > 1:
             self._told_apart = True
-        if len(scores) != 1 or len(x) < 2 or bool((x == x[:1]).all()):
+        if len(scores) != 1 or alike:
             return
         self._told_apart = True
         if scores == {0.0}:
