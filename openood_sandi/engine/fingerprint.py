@@ -22,12 +22,14 @@ __all__ = ["Fingerprint"]
 _LANES = 251
 """A prime: what moves within a tensor, as a row or a channel, comes to lie in other lanes."""
 _ROW = 8 * _LANES
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
 
 
 class Fingerprint:
     """What tells apart the states of ``tensors``, as often as it is asked for.
 
-    Each lane is the sum of every 251st eight bytes, without loss: any single change shows.
+    Each lane is the sum of every 251st element's bits, without loss: any single change shows.
 
     Args:
         tensors: they keep their memory as long as this is used.
@@ -35,26 +37,20 @@ class Fingerprint:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._arrays: list[tuple[NDArray[np.uint64], NDArray[np.uint8]]] = []
-        self._elsewhere: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        seen: set[int] = set()
+        self._arrays: dict[int, tuple[NDArray[np.uint64], NDArray[np.uint8]]] = {}
+        """Of the CPU's memory, by address: tensors may share it."""
+        self._elsewhere: dict[torch.device, list[Tensor]] = defaultdict(list)
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
-                if tensor.layout != torch.strided or tensor.device.type == "meta":  # counts alone tell of these
+                if tensor.layout != torch.strided:  # the counts alone tell of these
                     continue
-                address = tensor.untyped_storage().data_ptr()
-                if address not in seen:  # tensors may share their memory
-                    seen.add(address)
-                    self._add(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()))
-
-    def _add(self, memory: Tensor) -> None:
-        whole = len(memory) // _ROW * _ROW
-        if memory.device.type == "cpu":
-            array = memory.numpy()  # whose sums are four times as fast as torch's
-            self._arrays.append((array[:whole].view(np.uint64).reshape(-1, _LANES), array[whole:]))
-        else:
-            rows = memory[:whole].view(torch.int64).reshape(-1, _LANES)
-            self._elsewhere[memory.device].append((rows, memory[whole:]))
+                if tensor.device.type != "cpu":
+                    self._elsewhere[tensor.device].append(tensor)
+                    continue
+                memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+                whole = len(memory) // _ROW * _ROW
+                lanes = memory[:whole].view(np.uint64).reshape(-1, _LANES)
+                self._arrays[tensor.untyped_storage().data_ptr()] = lanes, memory[whole:]
 
     def counts(self) -> list[int | None]:
         """How often each of the tensors was written to, as far as torch counts it."""
@@ -62,14 +58,20 @@ class Fingerprint:
             return list(map(version, self._tensors))
 
     def sums(self) -> list[Tensor]:
-        """The sums of lanes, and the bytes that fill none, as bytes (N,) on each device that has any of the tensors."""
+        """The sums of lanes, and the elements that fill none: (N,) on each device that has any of the tensors."""
         found = []
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-            if self._arrays:
-                parts = [part for rows, rest in self._arrays for part in (np.add.reduce(rows, 0).view(np.uint8), rest)]
+            if self._arrays:  # NumPy sums integers four times as fast as torch does on the CPU
+                arrays = self._arrays.values()
+                parts = [part for rows, rest in arrays for part in (np.add.reduce(rows, 0).view(np.uint8), rest)]
                 found.append(torch.from_numpy(np.concatenate(parts)))
-            for device in self._elsewhere.values():
-                found.append(
-                    torch.cat([part for rows, rest in device for part in (rows.sum(0).view(torch.uint8), rest)])
-                )
+            for tensors in self._elsewhere.values():
+                found.append(torch.cat([part for tensor in tensors for part in _lanes(tensor.detach())]))
         return found
+
+
+def _lanes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    bits = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    bits = bits.view(_INTEGERS[bits.element_size()])
+    whole = len(bits) // _LANES * _LANES
+    return bits[:whole].reshape(-1, _LANES).sum(0, dtype=torch.int64), bits[whole:].to(torch.int64)

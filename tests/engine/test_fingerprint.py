@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openood_sandi import SandI
+from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.fingerprint import Fingerprint
 from openood_sandi.engine.network import Weights
 from tests.helpers.cases import prepared
+from tests.helpers.foreign_device import OnDevice, foreign_device
 
 
 def told(fingerprint: Fingerprint) -> tuple[bytes, ...]:
@@ -106,3 +108,14 @@ def test_a_proof_does_not_outlive_weights_too_small_to_matter() -> None:
     net.conv2.weight.data[:, 0].zero_()
     right = SandI(copy.deepcopy(net), variant="Z", rectifier_shortcut=False)(x)[1]
     torch.testing.assert_close(detector(x)[1], right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool])
+def test_on_another_device(dtype: torch.dtype) -> None:
+    with foreign_device():
+        weights = _weights().to(dtype)
+        fingerprint = Fingerprint([OnDevice(weights), OnDevice(weights.t())])
+        before = Weights.values(fetch(*fingerprint.sums()))
+        weights.data.copy_(weights.roll(1, 0))
+        assert Weights.values(fetch(*fingerprint.sums())) != before
+        assert len(before) == 1, "one look at the device"
