@@ -149,9 +149,9 @@ class ShortcutDensities:
         kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
         weights = self._network.weights()
         # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
-        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
-        self._sums = {weights.known: sums}
-        key = (*kind, weights.known, sums)
+        sums = self._sums.get(weights.counted) or Weights.values(fetch(*weights.sums))
+        self._sums = {weights.counted: sums}
+        key = (*kind, weights.counted, sums)
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
