@@ -135,8 +135,10 @@ class _Mine:
 
     def settle(self) -> None:
         """Fetch from the device what is there."""
-        for number, results, batch in self._on_device:
-            self.batches[number] = _scores(results, batch)
+        fetched = iter(_fetched([each for _, results, _ in self._on_device for each in results]))
+        for number, _, batch in self._on_device:
+            pred, values, label = (_as_array(next(fetched)) for _ in range(3))
+            self.batches[number] = BatchScores(pred, values, label, batch.unreadable, batch.contents)
         self._on_device.clear()
 
     def write(self) -> None:
@@ -232,9 +234,15 @@ def _scored(score: Scorer, batch: Batch, device: torch.device) -> tuple[Tensor, 
     return pred, values, label
 
 
-def _scores(results: tuple[Tensor, ...], batch: Batch) -> BatchScores:
-    pred, values, label = map(_on_host, results)
-    return BatchScores(pred, values, label, batch.unreadable, batch.contents)
+def _fetched(results: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors (n,) on the CPU: those of one device and dtype in one transfer, as each makes the host wait."""
+    fetched = [each.detach() for each in results]
+    for kind in {(each.device, each.dtype) for each in fetched if each.device.type != "cpu"}:
+        there = [number for number, each in enumerate(fetched) if (each.device, each.dtype) == kind]
+        parts = torch.cat([fetched[number] for number in there]).cpu()
+        for number, part in zip(there, torch.split(parts, [len(fetched[n]) for n in there]), strict=True):
+            fetched[number] = part
+    return fetched
 
 
 def _again(
@@ -242,11 +250,14 @@ def _again(
 ) -> list[BatchScores]:
     """Batches that were scored before, loaded and scored anew."""
     batches = some_of(loader, order, numbers, device, unreadable)
-    return [_scores(_scored(score, batch, device), batch) for batch in batches]
+    mine = _Mine(None)
+    for number, batch in enumerate(batches):
+        mine.add(number, _scored(score, batch, device), batch)
+    mine.settle()
+    return [mine.batches[number] for number in sorted(mine.batches)]
 
 
-def _on_host(values: Tensor) -> npt.NDArray[Any]:
-    values = values.detach().cpu()
+def _as_array(values: Tensor) -> npt.NDArray[Any]:
     if not values.is_floating_point():
         return values.numpy().astype(np.int64)
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI, SandIC
 from openood_sandi.detectors.options import options_of
 from openood_sandi.plugin import registry
 
@@ -17,7 +17,7 @@ from ..suite import Suite
 from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
-from .shared import SharedMeans, SharedNetwork
+from .shared import SharedMeans, SharedNetwork, SharedSandIC
 
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
@@ -71,7 +71,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
             fitted_on = (*needs, "validation") if "training" in needs else needs
             decisive = {**options, **parts.fingerprints(fitted_on)}
             bound = functools.partial(_build, detector=detector, options=options)
-            methods[name] = Method(name, title, "openood-sandi", decisive, bound)
+            methods[name] = Method(name, title, "openood-sandi", decisive, bound, first=detector is SandIC)
 
     for name, (title, options) in SETTINGS.items():
         add(name, title, SandI, options)
@@ -99,7 +99,7 @@ def _build(
     elif detector is PrototypeFusion:
         means = SharedMeans(network, image, int(options["layers"].removeprefix("last_")))
         network, options = means, {**options, "layers": means.names}
-    made = detector(network, **options)
+    made = (SharedSandIC if detector is SandIC else detector)(network, **options)
     if getattr(made, "fitted", ()):  # others would only get a threshold
         assert suite.training is not None
         held = suite.validation[0].to_fit_on(batch_size) if suite.validation else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.devices import exact_dtype
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
@@ -19,20 +21,26 @@ def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(list(densities.values()), dim=1).square().sum(dim=1).sqrt().to(dtype)
 
 
-def _exact(device: torch.device) -> torch.dtype:
-    """The dtype that sums over channels are taken in, so that they do not depend on the order of summation."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
-    if mask.dtype == torch.bool and mask.device.type == "cpu" and positions % 8 == 0 and 256 <= positions <= 8 * 255:
-        # eight positions at a time, each summed in a byte of its own that cannot overflow: several times as fast
-        eighths = mask.contiguous().view(torch.int64).sum(2)
-        return eighths.view(torch.uint8).reshape(*eighths.shape, 8).sum(2, dtype=torch.int32)
+    if mask.dtype == torch.bool and mask.device.type == "cpu" and positions >= 64 and positions % 4 == 0:
+        # four or eight positions at a time, each summed in a byte of its own, of which as many are added up as cannot
+        # overflow it: up to forty times as fast
+        words = mask.contiguous().view(torch.int32 if positions % 8 else torch.int64)
+        at_once = _at_once(words.shape[2])
+        if at_once > 8:
+            sums = words.view(*words.shape[:2], -1, at_once).sum(3, dtype=words.dtype)
+            counts: Tensor = sums.view(torch.uint8).sum(2, dtype=torch.int32)
+            return counts
     # int32 takes a third of the time of int64 on CPUs
     return mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
+
+
+@cache
+def _at_once(words: int) -> int:
+    """The largest divisor that a byte can hold."""
+    return max(count for count in range(1, 256) if words % count == 0)
 
 
 class NonZeroDensity(Observer):
@@ -76,7 +84,7 @@ class NonZeroDensity(Observer):
         times = self._steps if self._combine == "count" else 1
         counts = [self._counts[site] for site in self._at]
         # converted all at once, as there can be a hundred splits
-        every = torch.cat(counts, 1).to(_exact(counts[0].device))
+        every = torch.cat(counts, 1).to(exact_dtype(counts[0].device))
         parts = torch.split(every, [count.shape[1] for count in counts], 1)
         return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._at, parts, strict=True)}
 
@@ -109,7 +117,7 @@ class ChannelAverage(Observer):
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, not negative."""
-        exact = _exact(self._sums[self._feature.site].device)
+        exact = exact_dtype(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
         output = mean[self._feature.site].sqrt()
         if self._denominator == "mean":

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openood_sandi.detectors.sandi.alive_density import AliveDensity
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
-from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.network import SplitNetwork
+from openood_sandi.engine.devices import fetch, is_autocast, rows_where, take
+from openood_sandi.engine.network import SplitNetwork, Weights
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.walk import LossPlan, Observer, Walk
 
@@ -36,14 +37,12 @@ class ReadDensity(Observer):
     """E of Eq. 11 read off the rectifiers of the passes of a walk.
 
     Args:
-        rectified: the network's rectifiers.
+        rectified: the network's rectifiers, with counts that prove.
         density: takes in the patterns.
-        forward_suffices: whether the pattern of g_1 is all there is to know.
     """
 
-    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, forward_suffices: bool) -> None:
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity) -> None:
         self.density = density
-        self.only_listens = forward_suffices
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
         self._rectified = rectified
@@ -59,15 +58,10 @@ class ReadDensity(Observer):
         rectifier = self._rectified.rectifiers.get(position)
         if rectifier is None or self.lost:
             return
-        result = result.detach()
-        if rectifier.is_plain and self.only_listens and rectifier.needed == 1:
-            mask, through = result.bool(), result.sum(1)  # the quickest to count; no result is negative
-        else:
-            mask = rectifier.mask(result)
-            through = mask.sum(1)
+        mask = rectifier.mask(result.detach())
         for site in self._sites[position]:
             self.density.pattern(site, mask)
-        self._note(through, rectifier)
+        self._note(mask.sum(1), rectifier)
 
     def _note(self, through: Tensor, rectifier: Rectifier) -> None:
         """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
@@ -90,9 +84,8 @@ class ReadDensity(Observer):
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
         rows = self._rectified.open_rows
-        if not self.only_listens:  # a step may change the class
-            rows = rows.all().expand(len(rows))
-        unproved = ~rows[logits.argmax(1)]
+        assert rows is not None
+        unproved = ~rows.all().expand(len(logits))  # of any class, as a step may change it
         for (_, needed), fewest in self._fewest.items():
             least = fewest.reshape(len(fewest), -1).amin(1)
             unproved = unproved | (least <= 0 if needed == 1 else least < needed)
@@ -134,6 +127,8 @@ class ShortcutDensities:
         self._computed, self._steps_alone = computed, steps_alone
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
+        self._sums: dict[object, tuple[bytes, ...]] = {}
+        """Of the weights as they were last read, by their counts of writes."""
         self._looked_at: dict[object, set[int]] = {}
         """Predicted classes of which an image was both read and computed, alike."""
         self._pause = self._to_compute = 0
@@ -151,8 +146,12 @@ class ShortcutDensities:
             return self._computed(x)
         self._seen += len(x)
         # a network may treat an image alone otherwise
-        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
-        key = (*kind, self._network.weights_version())
+        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
+        weights = self._network.weights()
+        # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
+        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
+        self._sums = {weights.known: sums}
+        key = (*kind, weights.known, sums)
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
@@ -164,14 +163,21 @@ class ShortcutDensities:
         if found is None:
             return self._computed(x)
         finite = logits.isfinite().all(1)
-        if not self._agrees(x, found, torch.where(finite & ~unproved, logits.argmax(1), -1), key):
+        proved = torch.where(finite & ~unproved, logits.argmax(1), -1)
+        to_compute = unproved & finite
+        *sums_now, classes, unproved, count = fetch(*weights.sums, proved, unproved, to_compute.sum())
+        if Weights.values(sums_now) != sums:
+            self._sums = {}
+            self._seen -= len(x)
+            return self(x)
+        if not self._agrees(x, found, classes.tolist(), key):
             self._rectified[key] = None
             return self._computed(x)
         proves_little = 2 * int(unproved.sum()) > len(x)
         self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
-        rows = (unproved & finite).nonzero()[:, 0]
-        self._proved += len(x) - len(rows)
-        if len(rows):
+        self._proved += len(x) - int(count)
+        if count:
+            rows = rows_where(to_compute, int(count))
             for name, density in self._computed(x[rows])[1].items():
                 found[name][rows] = density
         return logits, found
@@ -183,26 +189,34 @@ class ShortcutDensities:
         # what loses to a neighbour may win after the neighbour's step.
         union = self._combine == "union" and not rectified.has_max_pool
         forward_suffices = self._attack.steps == 1 or union
-        density = NonZeroDensity(splits, 1 if union else self._attack.steps, self._combine)
-        read = ReadDensity(rectified, density, forward_suffices)
-        walk = Walk(self._steps_alone, Attack(1) if forward_suffices else self._attack)
-        logits = self._network.walk(x, walk, read, () if forward_suffices else splits)
+        density = NonZeroDensity(splits, 1 if forward_suffices else self._attack.steps, self._combine)
+        read: AliveDensity | ReadDensity
+        if forward_suffices:
+            read = AliveDensity(rectified, density, along_paths=self._attack.steps > 1)
+            logits = self._network.walk(x, Walk(self._steps_alone), read, ())
+        elif rectified.open_rows is not None:
+            read = ReadDensity(rectified, density)
+            logits = self._network.walk(x, Walk(self._steps_alone, self._attack), read)
+        else:
+            return x, None, x
         if read.lost:
-            return logits, None, logits.new_zeros(0, dtype=torch.bool)
-        return logits, density.densities(), read.unproved(logits)
+            return logits, None, logits
+        unproved = read.unproved(logits)
+        return logits, density.densities(), unproved
 
-    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: Tensor, key: object) -> bool:
-        """Whether what was read of images of ``classes`` (B,), -1 where nothing is proved, is what gradients say.
+    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: list[int], key: object) -> bool:
+        """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.
 
         One image of each class is looked at, ever: the patterns of gradients depend on the class that is attributed.
         """
         looked_at = self._looked_at.get(key, set())
-        first = {label: row for row, label in reversed(list(enumerate(classes.tolist())))}
+        first = {label: row for row, label in reversed(list(enumerate(classes)))}
         rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
         if not rows:
             return True
-        computed = self._computed(x[rows])[1]
-        share = float(torch.cat([(read[name][rows] - density).abs() for name, density in computed.items()], 1).mean())
+        computed = self._computed(take(x, rows))[1]
+        apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
+        share = float(torch.cat(apart, 1).mean())
         if share > _COINCIDENCE:
             _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
             return False
