@@ -28,11 +28,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gaia-a": ("GAIA-A", {**A, **NO_ATTACK, "top_fraction": 1.0}),
     "sandi-z": ("S&I-Z", Z),
     "sandi-a": ("S&I-A", A),
-    # the paper's ablations; for Z, no attack is GAIA-Z, and without steps there is nothing to split for
+    # the paper's ablations, its Tables 3 to 5; for Z, no attack is GAIA-Z; without steps there is nothing to split for,
+    # so that its third ablation is the first one here
     "sandi-z-no-attack": ("S&I-Z without attack", {**Z, **NO_ATTACK}),
     "sandi-z-no-splitting": ("S&I-Z without splitting", {**Z, **NO_SPLITTING}),
+    "sandi-z-neither": ("S&I-Z with neither", {**Z, **NO_ATTACK, **NO_SPLITTING}),
     "sandi-a-no-attack": ("S&I-A without attack", {**A, **NO_ATTACK}),
     "sandi-a-no-splitting": ("S&I-A without splitting", {**A, **NO_SPLITTING}),
+    "sandi-a-neither": ("S&I-A with neither", {**A, **NO_ATTACK, **NO_SPLITTING}),
     # where to split
     "gaia-z-last-stage": ("GAIA-Z, last stage", {**Z, **NO_ATTACK, "splits": "last_stage"}),
     "gaia-a-all": ("GAIA-A, all layers", {**A, **NO_ATTACK, "top_fraction": 1.0, "splits": "all"}),

@@ -34,6 +34,7 @@ from openood_sandi.detectors.sandi.calibrated_summary import Summaries, Summary
 from openood_sandi.detectors.sandi.decision_boundaries import fdbd
 from openood_sandi.detectors.sandi.share_prototypes import ShareSums, distance
 from openood_sandi.engine import checks
+from openood_sandi.engine.devices import Moved
 
 __all__ = ["INFO", "SandIC"]
 
@@ -105,7 +106,7 @@ class SandIC(Detector):
         self.base, self.gate, self.use_z = base, gate, use_z
         self.z_gate: float | None = None
         self.floor = FLOOR
-        self._net, self._stages = checks.eager_network(net), Stages(stages)
+        self._net, self._stages, self._moved = checks.eager_network(net), Stages(stages), Moved()
         self._start()
 
     @property
@@ -177,11 +178,13 @@ class SandIC(Detector):
 
     def _values(self, summary: Summary) -> dict[str, Tensor]:
         """Both m, D, Z and, with a linear last layer, f, larger for OOD, (B,) each in float64."""
-        prototypes = [self.prototypes[stage] for stage in self._found.stages]
+        stages = self._found.stages
+        prototypes = [self._moved.to(stage, self.prototypes[stage], summary.max_logit) for stage in stages]
         found = {"max_logit": summary.max_logit, "energy": summary.energy}
         found |= {"d": distance(self._by_stage(summary.shares), prototypes), "z": summary.z}
         if len(self.feature_mean):
-            found["fdbd"] = fdbd(summary.boundaries, summary.feature, self.feature_mean.to(summary.feature.device))
+            mean = self._moved.to("feature_mean", self.feature_mean, summary.boundaries)
+            found["fdbd"] = fdbd(summary.boundaries, summary.feature, mean)
         return found
 
     def _base(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.devices import exact_dtype
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
@@ -17,11 +18,6 @@ __all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]
 def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """tau = sqrt(sum_{j,k} E_{j,k}^2), Eq. 14: (B,) in ``dtype`` from (B, K_j) for each split j."""
     return torch.cat(list(densities.values()), dim=1).square().sum(dim=1).sqrt().to(dtype)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """The dtype that sums over channels are taken in, so that they do not depend on the order of summation."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _count(mask: Tensor) -> Tensor:
@@ -76,7 +72,7 @@ class NonZeroDensity(Observer):
         times = self._steps if self._combine == "count" else 1
         counts = [self._counts[site] for site in self._at]
         # converted all at once, as there can be a hundred splits
-        every = torch.cat(counts, 1).to(_exact(counts[0].device))
+        every = torch.cat(counts, 1).to(exact_dtype(counts[0].device))
         parts = torch.split(every, [count.shape[1] for count in counts], 1)
         return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._at, parts, strict=True)}
 
@@ -109,7 +105,7 @@ class ChannelAverage(Observer):
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, not negative."""
-        exact = _exact(self._sums[self._feature.site].device)
+        exact = exact_dtype(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
         output = mean[self._feature.site].sqrt()
         if self._denominator == "mean":

@@ -18,6 +18,7 @@ from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_pla
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, Walk
@@ -244,6 +245,13 @@ class SandI(Detector):
     def _input_ascent(self) -> Callable[[Tensor], Loss] | None:
         return None if self.splitting else partial(loss_on_logits, self.ascent)
 
+    def _reads_any(self, x: Tensor) -> bool:
+        """Whether any gradient of Z is not zero anywhere."""
+        plan = LogitsPlan(self._network.splits, self.attribution, self.ascent)
+        walk = Walk(plan, self.attack, None, self._input_ascent())
+        _, densities = ComputedDensities(self._network, walk, "union")(x)
+        return any(bool(density.any()) for density in densities.values())
+
     def _tell_unread(self) -> None:
         """Warns, once, of options that were set and that the variant does not read."""
         self._told_unread = True
@@ -257,15 +265,24 @@ class SandI(Detector):
         """Says so, once, where the scores of different images do not differ.
 
         Raises:
-            ValueError: they are all zero, as every gradient is.
+            ValueError: they are all zero.
         """
-        scores = {score for score in tau.tolist() if math.isfinite(score)}
+        if len(x) < 2:
+            return
+        found, alike = fetch(tau, (x == x[:1]).all())
+        scores = {score for score in found.tolist() if math.isfinite(score)}
         if len(scores) > 1:
             self._told_apart = True
-        if len(scores) != 1 or len(x) < 2 or bool((x == x[:1]).all()):
+        if len(scores) != 1 or alike:
             return
         self._told_apart = True
         if scores == {0.0}:
+            if self.variant == "Z" and self.combine == "intersection" and self._network.over(x, self._reads_any, any):
+                raise ValueError(
+                    f"combine='intersection' scores every image of the first batch 0: no position has a non-zero "
+                    f"gradient at all of the {self.attack.steps} steps, though there are such gradients; take "
+                    "combine='count' or 'union', fewer steps or a smaller step_size"
+                )
             raise ValueError(
                 "every gradient of the network is zero, so that no image can be told from another: its output is "
                 "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "

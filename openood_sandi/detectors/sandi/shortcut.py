@@ -18,7 +18,8 @@ from torch import Tensor
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.network import SplitNetwork
+from openood_sandi.engine.devices import fetch, is_autocast, rows_where, take
+from openood_sandi.engine.network import SplitNetwork, Weights
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.walk import LossPlan, Observer, Walk
 
@@ -134,6 +135,8 @@ class ShortcutDensities:
         self._computed, self._steps_alone = computed, steps_alone
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
         self._rectified: dict[object, RectifiedNetwork | None] = {}
+        self._sums: dict[object, tuple[bytes, ...]] = {}
+        """Of the weights as they were last read, by their counts of writes."""
         self._looked_at: dict[object, set[int]] = {}
         """Predicted classes of which an image was both read and computed, alike."""
         self._pause = self._to_compute = 0
@@ -151,8 +154,12 @@ class ShortcutDensities:
             return self._computed(x)
         self._seen += len(x)
         # a network may treat an image alone otherwise
-        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
-        key = (*kind, self._network.weights_version())
+        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
+        weights = self._network.weights()
+        # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
+        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
+        self._sums = {weights.known: sums}
+        key = (*kind, weights.known, sums)
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
@@ -164,14 +171,21 @@ class ShortcutDensities:
         if found is None:
             return self._computed(x)
         finite = logits.isfinite().all(1)
-        if not self._agrees(x, found, torch.where(finite & ~unproved, logits.argmax(1), -1), key):
+        proved = torch.where(finite & ~unproved, logits.argmax(1), -1)
+        to_compute = unproved & finite
+        *sums_now, classes, unproved, count = fetch(*weights.sums, proved, unproved, to_compute.sum())
+        if Weights.values(sums_now) != sums:
+            self._sums = {}
+            self._seen -= len(x)
+            return self(x)
+        if not self._agrees(x, found, classes.tolist(), key):
             self._rectified[key] = None
             return self._computed(x)
         proves_little = 2 * int(unproved.sum()) > len(x)
         self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
-        rows = (unproved & finite).nonzero()[:, 0]
-        self._proved += len(x) - len(rows)
-        if len(rows):
+        self._proved += len(x) - int(count)
+        if count:
+            rows = rows_where(to_compute, int(count))
             for name, density in self._computed(x[rows])[1].items():
                 found[name][rows] = density
         return logits, found
@@ -191,18 +205,19 @@ class ShortcutDensities:
             return logits, None, logits.new_zeros(0, dtype=torch.bool)
         return logits, density.densities(), read.unproved(logits)
 
-    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: Tensor, key: object) -> bool:
-        """Whether what was read of images of ``classes`` (B,), -1 where nothing is proved, is what gradients say.
+    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: list[int], key: object) -> bool:
+        """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.
 
         One image of each class is looked at, ever: the patterns of gradients depend on the class that is attributed.
         """
         looked_at = self._looked_at.get(key, set())
-        first = {label: row for row, label in reversed(list(enumerate(classes.tolist())))}
+        first = {label: row for row, label in reversed(list(enumerate(classes)))}
         rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
         if not rows:
             return True
-        computed = self._computed(x[rows])[1]
-        share = float(torch.cat([(read[name][rows] - density).abs() for name, density in computed.items()], 1).mean())
+        computed = self._computed(take(x, rows))[1]
+        apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
+        share = float(torch.cat(apart, 1).mean())
         if share > _COINCIDENCE:
             _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
             return False
