@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors import options as options_
-from openood_sandi.detectors.detector import Detector, Score
+from openood_sandi.detectors.detector import Detector, Score, Scores
+from openood_sandi.detectors.sandi.bounds import BoundedScores, Bounds
+from openood_sandi.detectors.sandi.decisions import decide
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
+from openood_sandi.detectors.sandi.readable import ReadableNetworks
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
 from openood_sandi.detectors.sandi.variants import VariantChoice
 from openood_sandi.engine.attack import Attack
@@ -27,7 +30,7 @@ __all__ = ["SandI"]
 _log = logging.getLogger(__name__)
 
 _READ_BY = {
-    "Z": {"attribution", "combine", "rectifier_shortcut"},
+    "Z": {"attribution", "combine", "precision", "rectifier_shortcut"},
     "A": {"feature", "top_fraction", "top_over", "denominator"},
 }
 """Options that only one variant's scores depend on."""
@@ -72,6 +75,9 @@ class SandI(Detector):
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
         rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where
             these prove them (:mod:`.rectifiers`); False computes every gradient.
+        precision: of Z: "exact", or "bounded", where tau is the middle of :meth:`bounds`, which cost one forward pass:
+            off by ``max_error`` at most for the share ``proved_share`` of the images, and as far as anyone has seen
+            for the others.
         memory_fraction: the share of the device's free memory that a batch's replays may plan for.
 
     Raises:
@@ -100,6 +106,7 @@ class SandI(Detector):
         denominator: str = "mean",
         splitting: bool = True,
         rectifier_shortcut: bool = True,
+        precision: str = "exact",
         memory_fraction: float = 0.5,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "net", "logits")}
@@ -110,6 +117,7 @@ class SandI(Detector):
             ascent=ascent,
             top_over=top_over,
             denominator=denominator,
+            precision=precision,
         )
         options_.require_count(steps=steps)
         options_.require_positive(step_size=step_size, epsilon=epsilon)
@@ -121,10 +129,11 @@ class SandI(Detector):
         self.combine, self.top_fraction, self.top_over, self.denominator = combine, top_fraction, top_over, denominator
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon, stop_at_flip)
-        self.rectifier_shortcut = rectifier_shortcut
+        self.rectifier_shortcut, self.precision = rectifier_shortcut, precision
         self._choice = VariantChoice(variant, splits, feature)
         self._network = SplitNetwork(net, logits, splits=self._choice, memory_fraction=memory_fraction)
         self._z: Callable[[Tensor], Densities] | None = None
+        self._z_bounds: BoundedScores | None = None
         self._z_splits: Sequence[Split] = ()
         self._told_apart = self._told_unread = False
 
@@ -140,7 +149,8 @@ class SandI(Detector):
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = self._network.over(x, self._tau, _columns)
+        work = self._tau if self.precision == "exact" else self._middle
+        pred, tau, finite = self._network.over(x, work, _columns)
         if not finite:
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
         if not self._told_unread:
@@ -151,6 +161,54 @@ class SandI(Detector):
 
     def _scored(self, summary: Score) -> Tensor:
         return summary.score
+
+    def bounds(self, x: Tensor) -> Bounds:
+        """``pred, low, high``: predicted classes (B,) and bounds on tau, (B,) each, of images ``x`` (B, C, H, W).
+
+        Z's take one forward pass, for any T; ``proved`` of the result tells of which images ``low`` is proved to be
+        one (``high`` always is). Where there is nothing to read bounds from (A, ``splitting=False``, a finite
+        ``epsilon``, networks without rectifiers behind all splits), tau is computed: low = high.
+
+        Raises:
+            As a call does.
+        """
+        return self._network.over(x, self._bounds, Bounds.joined)
+
+    def is_ood(self, x: Tensor) -> Tensor:
+        """Whether tau of images ``x`` (B, C, H, W) exceeds the threshold, (B,) bool.
+
+        With ``precision="exact"`` only the images are computed whose :meth:`bounds` leave it open; what is decided is
+        what tau decides wherever it is further from the threshold than scores in batches of other sizes are apart.
+
+        Raises:
+            RuntimeError: there is no threshold yet.
+        """
+        threshold = self._known_threshold()
+        if self.precision != "exact":
+            return super().is_ood(x)
+        bounds = self.bounds(x)
+        ood, rows = ~(bounds.high <= threshold), (~bounds.decided(threshold)).nonzero()[:, 0]
+        if len(rows):
+            ood[rows] = super().is_ood(x[rows])
+        self.image_shape = tuple(x.shape[1:])
+        return ood
+
+    def decide(self, loader: Any) -> Scores:
+        """:meth:`is_ood` of a whole data set, for as few computed gradients as that takes.
+
+        The images whose bounds leave it open are gathered across batches and computed together.
+
+        Args:
+            loader: images as :meth:`fit` takes them, on any device.
+
+        Returns:
+            Predicted classes, decisions, and scores: tau where it was computed, else the middle of its bounds.
+
+        Raises:
+            RuntimeError: there is no threshold yet.
+            ValueError: there are no images.
+        """
+        return decide(self, loader, self._known_threshold(), self._device())
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
@@ -187,8 +245,16 @@ class SandI(Detector):
     @property
     def proved_share(self) -> float:
         """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
-        images of A, had their gradients computed."""
+        images of A, had their gradients computed. With ``precision="bounded"``: of the images so far the share that
+        ``max_error`` holds for."""
+        if self.precision == "bounded" and self._z_bounds is not None:
+            return self._z_bounds.told.proved_share
         return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+
+    @property
+    def max_error(self) -> float:
+        """With ``precision="bounded"``, how far from tau the scores so far are at most; 0 with "exact"."""
+        return self._z_bounds.told.max_error if self._z_bounds is not None else 0.0
 
     def _told(self) -> dict[str, Any]:
         told = {**super()._told(), "variant": self.variant}
@@ -207,21 +273,46 @@ class SandI(Detector):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return logits.argmax(1), score(densities, dtype).masked_fill(~finite, math.nan), finite
 
+    def _middle(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted classes, the middles of the bounds, and whether these are finite, (B,) each."""
+        bounds = self._bounds(x)
+        if self._z_bounds is not None:
+            self._z_bounds.told.take(bounds)
+        return bounds.pred, bounds.middle, bounds.high.isfinite()
+
+    def _bounds(self, x: Tensor) -> Bounds:
+        self._prepare()
+        bounds = None if self._z_bounds is None else self._z_bounds(x)
+        if bounds is None:
+            pred, tau, _ = self._tau(x)
+            return Bounds.exactly(pred, tau)
+        return bounds
+
     def _densities(self, x: Tensor) -> Densities:
         if self._choice.feature is not None:
             return self._channel_averages(x)
-        if self._z is None or self._z_splits is not self._network.splits:
-            self._z, self._z_splits = self._z_densities(), self._network.splits
+        self._prepare()
+        assert self._z is not None
         return self._z(x)
 
-    def _z_densities(self) -> Callable[[Tensor], Densities]:
-        """What computes the densities of Z, from images (B, C, H, W)."""
+    def _prepare(self) -> None:
+        """Makes what computes Z at the present split points."""
+        if self._choice.feature is None and (self._z is None or self._z_splits is not self._network.splits):
+            self._z, self._z_bounds = self._z_densities()
+            self._z_splits = self._network.splits
+
+    def _z_densities(self) -> tuple[Callable[[Tensor], Densities], BoundedScores | None]:
+        """What computes the densities of Z, from images (B, C, H, W), and what bounds its scores, if anything can."""
         plan = partial(LogitsPlan, self._network.splits)
         walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
         computed = ComputedDensities(self._network, walk, self.combine)
         # a saturated cross-entropy has g = 0 anywhere
         readable = self.rectifier_shortcut and self.splitting and self.attribution == "max_logit"
-        return ShortcutDensities(computed, plan(None, self.ascent)) if readable else computed
+        if not readable:
+            return computed, None
+        known = ReadableNetworks(self._network, self.attack)
+        steps = plan(None, self.ascent)
+        return ShortcutDensities(computed, steps, known), BoundedScores(computed, steps, known)
 
     def _channel_averages(self, x: Tensor) -> Densities:
         """Logits and densities of A."""
