@@ -57,7 +57,8 @@ class Bounds(_Bounds):
     @classmethod
     def joined(cls, parts: Sequence[Bounds]) -> Bounds:
         """The parts of a batch as one."""
-        return cls(*map(torch.cat, zip(*parts, strict=True)), torch.cat([part.proved for part in parts]))
+        pred, low, high = map(torch.cat, zip(*parts, strict=True))
+        return cls(pred, low, high, torch.cat([part.proved for part in parts]))
 
     @classmethod
     def exactly(cls, pred: Tensor, tau: Tensor) -> Bounds:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ __all__ = ["decide"]
 
 
 class _Bounding(Protocol):
-    bounds: Callable[[Tensor], Bounds]
+    def bounds(self, x: Tensor) -> Bounds: ...
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 

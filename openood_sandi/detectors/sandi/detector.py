@@ -208,7 +208,10 @@ class SandI(Detector):
             RuntimeError: there is no threshold yet.
             ValueError: there are no images.
         """
-        return decide(self, loader, self._known_threshold(), self._device())
+        threshold = self._known_threshold()
+        if self.precision != "exact":
+            return self.score(loader, progress=False)
+        return decide(self, loader, threshold, self._device())
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""

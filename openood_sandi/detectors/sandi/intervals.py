@@ -24,8 +24,8 @@ from torch import Tensor
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity, count, shares
 from openood_sandi.detectors.sandi.reach import Margins, Reach
-from openood_sandi.detectors.sandi.shortcut import ReadDensity
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
+from openood_sandi.detectors.sandi.shortcut import ReadDensity
 from openood_sandi.detectors.sandi.ways import Way, ends_of, narrowed
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Site
@@ -151,7 +151,7 @@ class IntervalDensity(Observer):
         return shares(low, of), shares(high, of)
 
     def first(self, logits: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """{split name: E (B, K)} of T = 1, and the images (B,) of which it is proved, from their logits (B, classes)."""
+        """{split name: E (B, K)} of T = 1, and of which images (B,) it is proved, from their logits (B, classes)."""
         return self._first.densities(), ~self._read.unproved(logits)
 
     def proved(self, logits: Tensor) -> Tensor:

@@ -67,7 +67,14 @@ class _Windows:
         self._size = maps.shape[2:]
         #: With ceil_mode the last windows reach further than the padding.
         self._after = [
-            max(0, (out[d] - 1) * self._stride[d] + self._dilation[d] * (self._kernel[d] - 1) + 1 - size - self._padding[d])
+            max(
+                0,
+                (out[d] - 1) * self._stride[d]
+                + self._dilation[d] * (self._kernel[d] - 1)
+                + 1
+                - size
+                - self._padding[d],
+            )
             for d, size in enumerate(self._size)
         ]
 

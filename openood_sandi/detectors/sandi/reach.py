@@ -43,7 +43,7 @@ class Reach:
     """By how much the rectifiers behind a split can change, for each split where that is small enough to say.
 
     Attributes:
-        bounds: {site: {position of a rectifier: the bound}} for z^{T-1}; rectifiers that it does not reach are left out.
+        bounds: {site: {position of a rectifier: the bound}} for z^{T-1}; rectifiers out of its reach are left out.
         unbounded: the sites whose perturbation grows beyond any activation.
         positions: {position of a split's tensor: its site}, of those in ``bounds``.
         step_size: eta.
@@ -85,7 +85,7 @@ def _followed(calls: Sequence[Call], rectified: RectifiedNetwork, way: Way, dist
     for position in range(way.position + 1, last + 1):
         call = calls[position]
         before = [change.get(producer) for producer in call.producers]
-        if not any(isinstance(each, Tensor) for each in before):
+        if not isinstance(call.result, Tensor) or all(each is None for each in before):
             continue
         if position in rectified.rectifiers:
             change[position] = changed = change[call.producers[0]]
@@ -113,13 +113,13 @@ def _through(call: Call, change: Mapping[int, Tensor]) -> Tensor | None:
         names = ("stride", "padding", "dilation", "groups") if call.name == "conv2d" else ()
         options = {name: call.argument(3 + k, name) for k, name in enumerate(names)}
         given = {name: value for name, value in options.items() if value is not None}
-        apply = F.conv2d if call.name == "conv2d" else F.linear
-        return apply(x, call.argument(1, "weight").abs(), None, **given)
+        weight: Tensor = call.argument(1, "weight").abs()
+        return F.conv2d(x, weight, None, **given) if call.name == "conv2d" else F.linear(x, weight)
     if call.name == "batch_norm":
         variance, scale = call.argument(2, "running_var"), call.argument(3, "weight")
         slope = (variance + call.argument(7, "eps", 1e-5)).rsqrt()
         slope = slope if scale is None else slope * scale.abs()
-        return x * slope.view(1, -1, *[1] * (x.dim() - 2))
+        return x * torch.as_tensor(slope).view(1, -1, *[1] * (x.dim() - 2))
     if call.name in ("flatten", "view", "reshape"):
         return x.reshape(1, *call.result.shape[1:])
     if call.name == "avg_pool2d" and call.argument(6, "divisor_override") is not None:
@@ -166,7 +166,8 @@ class Margins:
         """(B,): the images of which that holds for all splits; None for none."""
         if self._reach.unbounded:
             return None
-        return torch.stack([self.proved(site) for site in self._reach.bounds]).all(0)
+        proved = [self.proved(site) for site in self._reach.bounds]
+        return torch.stack([each for each in proved if each is not None]).all(0)
 
 
 def _margin(result: Tensor, rectifier: Rectifier) -> Tensor:
@@ -177,7 +178,7 @@ def _margin(result: Tensor, rectifier: Rectifier) -> Tensor:
         open_by = torch.minimum(open_by, clearance(result, rectifier.pool[1]) / 2)
     enough = open_by.amax(1) if rectifier.needed == 1 else _largest(open_by, rectifier.needed)
     largest = result.abs().flatten(1).amax(1)
-    return enough.flatten(1).amin(1) - _ROUNDING * largest
+    return enough.reshape(len(result), -1).amin(1) - _ROUNDING * largest
 
 
 def _largest(values: Tensor, rank: int) -> Tensor:

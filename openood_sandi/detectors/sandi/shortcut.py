@@ -101,9 +101,9 @@ class ReadDensity(Observer):
 class SteppedDensity(ReadDensity):
     """E of Eq. 11 at T = 2, read without replays of the splits that need none.
 
-    z^1 = z^0 + eta sign(dL/dz) is known as soon as the gradient of the step arrives, and what the split's rectifier lets
-    through there follows by the few calls between them. That g_2's pattern is this mask is proved for the splits whose
-    steps cannot close a position behind them (:mod:`.reach`), whatever they are.
+    z^1 = z^0 + eta sign(dL/dz) is known as soon as the gradient of the step arrives, and what the split's rectifier
+    lets through there follows by the few calls between them. That g_2's pattern is this mask is proved for the splits
+    whose steps cannot close a position behind them (:mod:`.reach`), whatever they are.
 
     Args:
         readable: what is known about the network.
