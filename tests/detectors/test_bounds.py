@@ -287,6 +287,10 @@ def test_only_what_is_open_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     detector.decide(x.split(16))
     assert computed == [left]
     computed.clear()
+    assert torch.equal(detector.is_ood(x, hard=False), exact(net)(x)[1] > threshold)
+    straddling = int(((bounds.low <= threshold) & (bounds.high > threshold)).sum())
+    assert computed == [straddling] * bool(straddling) and straddling < left
+    computed.clear()
     detector.threshold = float(bounds.high.max())
     assert not detector.is_ood(x).any() and not computed
 

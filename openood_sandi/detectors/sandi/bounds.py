@@ -50,9 +50,13 @@ class Bounds(_Bounds):
         """(B,): how far tau can be from the middle."""
         return (self.high - self.low) / 2
 
-    def decided(self, threshold: float) -> Tensor:
-        """(B,): the images of which the bounds tell whether tau exceeds ``threshold``; those without tau do."""
-        return (self.high <= threshold) | (self.proved & (self.low > threshold)) | self.high.isnan()
+    def decided(self, threshold: float, hard: bool = True) -> Tensor:
+        """(B,): the images of which the bounds tell whether tau exceeds ``threshold``; those without tau do.
+
+        Unless decisions are to be ``hard``, estimates of the lower end count as bounds.
+        """
+        above = self.low > threshold
+        return (self.high <= threshold) | (above & self.proved if hard else above) | self.high.isnan()
 
     @classmethod
     def joined(cls, parts: Sequence[Bounds]) -> Bounds:

@@ -20,42 +20,50 @@ class _Bounding(Protocol):
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def decide(detector: _Bounding, source: Any, threshold: float, device: torch.device) -> Scores:
+def decide(detector: _Bounding, source: Any, threshold: float, device: torch.device, hard: bool = True) -> Scores:
     """Decisions at ``threshold`` on all images of ``source``, with gradients only for those that bounds leave open.
 
-    These wait until there are as many as a batch of the source has.
+    These wait until there are as many as a batch of the source has. ``hard`` is that of :meth:`Bounds.decided`.
 
     Raises:
         ValueError: there are no images.
     """
     preds: list[Tensor] = []
     scores: list[Tensor] = []
-    waiting: list[Tensor] = []
-    places: list[Tensor] = []
-
-    def compute() -> None:
-        images, where = torch.cat(waiting), torch.cat(places)
-        everything = torch.cat(scores)
-        everything[where] = detector(images)[1].cpu()
-        scores[:] = [everything]
-        waiting.clear()
-        places.clear()
-
-    seen = 0
+    open_ = _Waiting(detector)
     for images, _ in batches_of(source):
         images = images.to(device)
         bounds = detector.bounds(images)
         preds.append(bounds.pred.cpu())
         scores.append(bounds.middle.cpu())
-        rows = (~bounds.decided(threshold)).nonzero()[:, 0]
-        waiting.append(images[rows])
-        places.append(seen + rows.cpu())
-        seen += len(images)
-        if sum(map(len, waiting)) >= len(images):
-            compute()
+        rows = (~bounds.decided(threshold, hard)).nonzero()[:, 0]
+        open_.add(images[rows], [(scores[-1], row) for row in rows.tolist()])
+        if len(open_.places) >= len(images):
+            open_.compute()
     if not preds:
         raise ValueError("there are no images to decide on")
-    if any(map(len, waiting)):
-        compute()
+    open_.compute()
     score = torch.cat(scores)
     return Scores(torch.cat(preds).numpy(), score.numpy(), (~(score <= threshold)).numpy())
+
+
+class _Waiting:
+    """Images that bounds leave open, until they are computed."""
+
+    def __init__(self, detector: _Bounding) -> None:
+        self._detector = detector
+        self._images: list[Tensor] = []
+        self.places: list[tuple[Tensor, int]] = []
+        """For each image the scores of its batch, and which of them is its own."""
+
+    def add(self, images: Tensor, places: list[tuple[Tensor, int]]) -> None:
+        self._images.append(images)
+        self.places += places
+
+    def compute(self) -> None:
+        """Puts tau where the middle of its bounds is."""
+        if self.places:
+            tau = self._detector(torch.cat(self._images))[1].cpu()
+            for (scores, row), score in zip(self.places, tau, strict=True):
+                scores[row] = score
+        self._images, self.places = [], []

@@ -174,11 +174,16 @@ class SandI(Detector):
         """
         return self._network.over(x, self._bounds, Bounds.joined)
 
-    def is_ood(self, x: Tensor) -> Tensor:
+    def is_ood(self, x: Tensor, hard: bool = True) -> Tensor:
         """Whether tau of images ``x`` (B, C, H, W) exceeds the threshold, (B,) bool.
 
         With ``precision="exact"`` only the images are computed whose :meth:`bounds` leave it open; what is decided is
         what tau decides wherever it is further from the threshold than scores in batches of other sizes are apart.
+
+        Args:
+            x: the images.
+            hard: whether the lower end has to be proved; False takes estimates for bounds as well, and computes
+                only what straddles the threshold.
 
         Raises:
             RuntimeError: there is no threshold yet.
@@ -187,19 +192,20 @@ class SandI(Detector):
         if self.precision != "exact":
             return super().is_ood(x)
         bounds = self.bounds(x)
-        ood, rows = ~(bounds.high <= threshold), (~bounds.decided(threshold)).nonzero()[:, 0]
+        ood, rows = ~(bounds.high <= threshold), (~bounds.decided(threshold, hard)).nonzero()[:, 0]
         if len(rows):
             ood[rows] = super().is_ood(x[rows])
         self.image_shape = tuple(x.shape[1:])
         return ood
 
-    def decide(self, loader: Any) -> Scores:
+    def decide(self, loader: Any, hard: bool = True) -> Scores:
         """:meth:`is_ood` of a whole data set, for as few computed gradients as that takes.
 
         The images whose bounds leave it open are gathered across batches and computed together.
 
         Args:
             loader: images as :meth:`fit` takes them, on any device.
+            hard: as for :meth:`is_ood`.
 
         Returns:
             Predicted classes, decisions, and scores: tau where it was computed, else the middle of its bounds.
@@ -211,7 +217,7 @@ class SandI(Detector):
         threshold = self._known_threshold()
         if self.precision != "exact":
             return self.score(loader, progress=False)
-        return decide(self, loader, threshold, self._device())
+        return decide(self, loader, threshold, self._device(), hard)
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""

@@ -169,20 +169,24 @@ def narrowed(rectifier: Rectifier, i: int, step_size: float, dtype: torch.dtype)
 
 
 def _turning_point(bound: float, i: int, step: float, dtype: torch.dtype) -> float:
-    """The z^0 nearest to the inside of the range that i - 1 steps take to ``bound`` or beyond it."""
-    inwards = torch.tensor(-math.copysign(math.inf, step), dtype=dtype)
+    """The z^0 furthest inside the range that i - 1 steps take to ``bound`` or beyond it."""
 
     def leaves(z: Tensor) -> bool:
         for _ in range(i - 1):
             z = z + step
         return bool(z <= bound) if step < 0 else bool(z >= bound)
 
-    z = torch.tensor(bound, dtype=dtype) - step * (i - 1)
-    while not leaves(z):
-        z = torch.nextafter(z, -inwards)
-    while leaves(further := torch.nextafter(z, inwards)) and not further.isinf():
-        z = further
-    return float(z)
+    outside, largest = torch.tensor(bound, dtype=dtype), torch.finfo(dtype).max
+    within = torch.nextafter(outside, torch.tensor(math.copysign(math.inf, -step), dtype=dtype)) - outside
+    while leaves(inside := (outside + within).clamp(-largest, largest)):
+        if inside.abs() == largest:
+            return math.copysign(math.inf, -step)  # no number stays
+        within = 2 * within
+    while (between := outside + (inside / 2 - outside / 2)) not in (outside, inside):
+        outside, inside = (between, inside) if leaves(between) else (outside, between)
+    while leaves(between := torch.nextafter(outside, inside)):  # halves of the smallest numbers round
+        outside = between
+    return float(outside)
 
 
 def ways_of(found: RecordedNetwork, rectified: RectifiedNetwork, splits: Sequence[Split]) -> tuple[Way, ...]:
