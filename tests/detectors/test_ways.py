@@ -31,7 +31,7 @@ def look(net: nn.Module, x: Tensor, **options: object) -> tuple[SandI, Readable]
     """A detector on ``net`` and what it knows about the network."""
     detector = SandI(net, variant="Z", **options)
     detector.bounds(x)
-    found: list[Any] = detector._network.over(x, detector._z_bounds._readable.at, list)
+    found: list[Any] = detector._network.over(x, detector._z._bounded._readable.at, list)
     return detector, found[0][1]
 
 

@@ -103,9 +103,6 @@ class BoundedScores:
         computed: computes densities with every gradient.
         steps_alone: the same losses with nothing attributed.
         readable: what is known about the network.
-
-    Attributes:
-        told: what the bounds that served as scores have told.
     """
 
     def __init__(self, computed: ComputedDensities, steps_alone: LossPlan, readable: ReadableNetworks) -> None:
@@ -113,7 +110,6 @@ class BoundedScores:
         self._steps_alone, self._readable = steps_alone, readable
         first = ComputedDensities(computed.network, Walk(computed.walk.losses, Attack(1)), "count")
         self._checks = SpotChecks(first)
-        self.told = Told()
 
     def __call__(self, x: Tensor) -> Bounds | None:
         """Of images (B, C, H, W); None where nothing can be read, and all has to be computed.

@@ -11,13 +11,23 @@ from openood_sandi.detectors.detector import Scores
 from openood_sandi.detectors.sandi.bounds import Bounds
 from openood_sandi.runs.loaders import batches_of
 
-__all__ = ["decide"]
+__all__ = ["decide", "is_ood"]
 
 
 class _Bounding(Protocol):
     def bounds(self, x: Tensor) -> Bounds: ...
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def is_ood(detector: _Bounding, x: Tensor, threshold: float, hard: bool) -> Tensor:
+    """Whether tau of images ``x`` (B, C, H, W) exceeds ``threshold``, (B,) bool; see :meth:`Bounds.decided`."""
+    bounds = detector.bounds(x)
+    tau = bounds.high.clone()
+    rows = (~bounds.decided(threshold, hard)).nonzero()[:, 0]
+    if len(rows):
+        tau[rows] = detector(x[rows])[1]
+    return ~(tau <= threshold)
 
 
 def decide(detector: _Bounding, source: Any, threshold: float, device: torch.device, hard: bool = True) -> Scores:

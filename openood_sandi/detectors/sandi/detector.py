@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from openood_sandi.detectors import options as options_
 from openood_sandi.detectors.detector import Detector, Score, Scores
-from openood_sandi.detectors.sandi.bounds import BoundedScores, Bounds
-from openood_sandi.detectors.sandi.decisions import decide
+from openood_sandi.detectors.sandi.bounds import Bounds
+from openood_sandi.detectors.sandi.decisions import decide, is_ood
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
+from openood_sandi.detectors.sandi.first_look import tells_apart
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
-from openood_sandi.detectors.sandi.readable import ReadableNetworks
-from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
+from openood_sandi.detectors.sandi.readable import Densities
 from openood_sandi.detectors.sandi.variants import VariantChoice
+from openood_sandi.detectors.sandi.z_scores import ZScores
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.network import SplitNetwork
-from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, Walk
 
 __all__ = ["SandI"]
@@ -34,9 +34,6 @@ _READ_BY = {
     "A": {"feature", "top_fraction", "top_over", "denominator"},
 }
 """Options that only one variant's scores depend on."""
-
-Densities = tuple[Tensor, dict[str, Tensor]]
-"""Logits (B, classes) and {split name: E (B, K)}."""
 
 
 class SandI(Detector):
@@ -132,9 +129,8 @@ class SandI(Detector):
         self.rectifier_shortcut, self.precision = rectifier_shortcut, precision
         self._choice = VariantChoice(variant, splits, feature)
         self._network = SplitNetwork(net, logits, splits=self._choice, memory_fraction=memory_fraction)
-        self._z: Callable[[Tensor], Densities] | None = None
-        self._z_bounds: BoundedScores | None = None
-        self._z_splits: Sequence[Split] = ()
+        losses = attribution, ascent, self._input_ascent()
+        self._z = ZScores(self._network, self.attack, combine, *losses, reads=rectifier_shortcut)
         self._told_apart = self._told_unread = False
 
     # ------------------------------------------------------------------ public
@@ -156,7 +152,7 @@ class SandI(Detector):
         if not self._told_unread:
             self._tell_unread()
         if not self._told_apart:
-            self._look_at_first(x, tau)
+            self._told_apart = tells_apart(x, tau, self, self._choice.reads_few_zeros)
         return Score(pred, tau)
 
     def _scored(self, summary: Score) -> Tensor:
@@ -188,15 +184,8 @@ class SandI(Detector):
         Raises:
             RuntimeError: there is no threshold yet.
         """
-        threshold = self._known_threshold()
-        if self.precision != "exact":
-            return super().is_ood(x)
-        bounds = self.bounds(x)
-        ood, rows = ~(bounds.high <= threshold), (~bounds.decided(threshold, hard)).nonzero()[:, 0]
-        if len(rows):
-            ood[rows] = super().is_ood(x[rows])
         self.image_shape = tuple(x.shape[1:])
-        return ood
+        return super().is_ood(x) if self.precision != "exact" else is_ood(self, x, self._known_threshold(), hard)
 
     def decide(self, loader: Any, hard: bool = True) -> Scores:
         """:meth:`is_ood` of a whole data set, for as few computed gradients as that takes.
@@ -214,10 +203,9 @@ class SandI(Detector):
             RuntimeError: there is no threshold yet.
             ValueError: there are no images.
         """
-        threshold = self._known_threshold()
         if self.precision != "exact":
             return self.score(loader, progress=False)
-        return decide(self, loader, threshold, self._device(), hard)
+        return decide(self, loader, self._known_threshold(), self._device(), hard)
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
@@ -254,16 +242,14 @@ class SandI(Detector):
     @property
     def proved_share(self) -> float:
         """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
-        images of A, had their gradients computed. With ``precision="bounded"``: of the images so far the share that
+        images of A, had their gradients computed. With ``precision="bounded"``: the share of the images so far that
         ``max_error`` holds for."""
-        if self.precision == "bounded" and self._z_bounds is not None:
-            return self._z_bounds.told.proved_share
-        return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+        return (self._z if self.precision == "exact" else self._z.told).proved_share
 
     @property
     def max_error(self) -> float:
         """With ``precision="bounded"``, how far from tau the scores so far are at most; 0 with "exact"."""
-        return self._z_bounds.told.max_error if self._z_bounds is not None else 0.0
+        return self._z.told.max_error
 
     def _told(self) -> dict[str, Any]:
         told = {**super()._told(), "variant": self.variant}
@@ -285,43 +271,15 @@ class SandI(Detector):
     def _middle(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted classes, the middles of the bounds, and whether these are finite, (B,) each."""
         bounds = self._bounds(x)
-        if self._z_bounds is not None:
-            self._z_bounds.told.take(bounds)
+        self._z.told.take(bounds)
         return bounds.pred, bounds.middle, bounds.high.isfinite()
 
     def _bounds(self, x: Tensor) -> Bounds:
-        self._prepare()
-        bounds = None if self._z_bounds is None else self._z_bounds(x)
-        if bounds is None:
-            pred, tau, _ = self._tau(x)
-            return Bounds.exactly(pred, tau)
-        return bounds
+        bounds = self._z.bounds(x) if self._choice.feature is None else None
+        return Bounds.exactly(*self._tau(x)[:2]) if bounds is None else bounds
 
     def _densities(self, x: Tensor) -> Densities:
-        if self._choice.feature is not None:
-            return self._channel_averages(x)
-        self._prepare()
-        assert self._z is not None
-        return self._z(x)
-
-    def _prepare(self) -> None:
-        """Makes what computes Z at the present split points."""
-        if self._choice.feature is None and (self._z is None or self._z_splits is not self._network.splits):
-            self._z, self._z_bounds = self._z_densities()
-            self._z_splits = self._network.splits
-
-    def _z_densities(self) -> tuple[Callable[[Tensor], Densities], BoundedScores | None]:
-        """What computes the densities of Z, from images (B, C, H, W), and what bounds its scores, if anything can."""
-        plan = partial(LogitsPlan, self._network.splits)
-        walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
-        computed = ComputedDensities(self._network, walk, self.combine)
-        # a saturated cross-entropy has g = 0 anywhere
-        readable = self.rectifier_shortcut and self.splitting and self.attribution == "max_logit"
-        if not readable:
-            return computed, None
-        known = ReadableNetworks(self._network, self.attack)
-        steps = plan(None, self.ascent)
-        return ShortcutDensities(computed, steps, known), BoundedScores(computed, steps, known)
+        return self._z.densities(x) if self._choice.feature is None else self._channel_averages(x)
 
     def _channel_averages(self, x: Tensor) -> Densities:
         """Logits and densities of A."""
@@ -352,31 +310,6 @@ class SandI(Detector):
         given = [f"{name}={self.options[name]!r}" for name in sorted(unread) if self.options[name] != defaults[name]]
         if given:
             _log.warning("S&I-%s does not read %s", self.variant, ", ".join(given))
-
-    def _look_at_first(self, x: Tensor, tau: Tensor) -> None:
-        """Says so, once, where the scores of different images do not differ.
-
-        Raises:
-            ValueError: they are all zero, as every gradient is.
-        """
-        scores = {score for score in tau.tolist() if math.isfinite(score)}
-        if len(scores) > 1:
-            self._told_apart = True
-        if len(scores) != 1 or len(x) < 2 or bool((x == x[:1]).all()):
-            return
-        self._told_apart = True
-        if scores == {0.0}:
-            raise ValueError(
-                "every gradient of the network is zero, so that no image can be told from another: its output is "
-                "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "
-                "the network that returns its logits"
-            )
-        if not self._choice.reads_few_zeros:
-            _log.warning(
-                "all %d images of the first batch have the same score, %.6g, so they cannot be told apart; try another "
-                "variant or other splits: %r",
-                *(len(x), *scores, self),
-            )
 
 
 def _columns(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:
