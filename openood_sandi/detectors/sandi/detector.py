@@ -193,7 +193,7 @@ class SandI(Detector):
         The images whose bounds leave it open are gathered across batches and computed together.
 
         Args:
-            loader: images as :meth:`fit` takes them, on any device.
+            loader: images as ``fit`` takes them, on any device.
             hard: as for :meth:`is_ood`.
 
         Returns:
