@@ -2,6 +2,8 @@
 
 openood-sandi fit PHOTOS --network torchvision:resnet50 --checkpoint FILE --out detector.safetensors
 openood-sandi score OTHERS --network torchvision:resnet50 --checkpoint FILE --detector detector.safetensors
+
+Under ``torchrun`` its processes share the images to score, each on its own GPU, and the first one alone writes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +29,7 @@ from openood_sandi.engine.errors import ReplayError
 from openood_sandi.heat_maps import write_heat_maps
 from openood_sandi.named_networks import FORMS, Transform, named
 from openood_sandi.plugin import registry
+from openood_sandi.runs import ranks
 from openood_sandi.runs.loaders import Folder, readable
 from openood_sandi.runs.score import score_dataset
 from openood_sandi.runs.unreadable import UnreadableImage
@@ -37,7 +39,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with ``arguments``, by default those of the process; returns its exit status: 0, or 2."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if ranks.is_main_process() else logging.ERROR)
     try:
         given = _parser().parse_args(arguments)
         {"fit": _fit, "score": _score}[given.call](given)
@@ -58,8 +60,14 @@ def _fit(given: argparse.Namespace) -> None:
     loaders = [None if path is None else _loader(path, transform, given) for path in (given.folder, given.val)]
     train, val = (None if each is None else readable(each, given.unreadable) for each in loaders)
     detector = kind(net, **options).fit(train, val=val, tpr=given.tpr)
-    detector.save(given.out, notes)
-    print(f"{given.out}: {detector!r}", file=sys.stderr)
+    if ranks.is_main_process():
+        detector.save(given.out, {**notes, "tpr": repr(given.tpr)})
+        print(f"{given.out}: {detector!r}", file=sys.stderr)
+    if given.test is not None:
+        test = _loader(given.test, transform, given)
+        found = detector.score(test, unreadable=given.unreadable, progress=given.progress)
+        if ranks.is_main_process():
+            print(_id_lost(found.ood, given.tpr), file=sys.stderr)
 
 
 def _score(given: argparse.Namespace) -> None:
@@ -77,12 +85,22 @@ def _score(given: argparse.Namespace) -> None:
     images, device = Folder(given.folder, transform), next(net.parameters()).device
     numbered = DataLoader(_Numbered(images), batch_size=given.batch_size, num_workers=given.workers)
     found = score_dataset(detector, numbered, device, unreadable=given.unreadable, progress=given.progress)
+    if not ranks.is_main_process():
+        return
     pred, score, number = found
     ood = ~(score <= detector.threshold)
     _write_table(given.csv, [images.files[each] for each in number], pred, score, ood)
-    print(f"{int(np.sum(ood))} of {len(ood)} images are OOD", file=sys.stderr)
+    told = about["notes"].get("tpr")
+    lost = _id_lost(ood, None if told is None else float(told))
+    print(lost if given.id else f"{int(np.sum(ood))} of {len(ood)} images are OOD", file=sys.stderr)
     if given.heat_maps is not None:
         write_heat_maps(detector, images, number.tolist(), given.folder, given.heat_maps, device)
+
+
+def _id_lost(ood: Any, tpr: float | None) -> str:
+    """How many ID images are taken for OOD, beside the share that the threshold promises; None if that is not known."""
+    lost = f"{int(np.sum(ood))} of {len(ood)} ID images are taken for OOD: {np.mean(ood):.1%} lost"
+    return lost if tpr is None else f"{lost}, where the threshold promises {1 - tpr:.1%}"
 
 
 def _write_table(path: Path | None, files: list[Path], pred: Any, score: Any, ood: Any) -> None:
@@ -133,7 +151,7 @@ def _network(given: argparse.Namespace) -> tuple[nn.Module, Transform, dict[str,
             "test images are (mean and standard deviation of pixels in 0..1, by channel)"
         )
     transform = Transform(values["resize"], values["crop"], tuple(values["mean"]), tuple(values["std"]))
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given.device or ranks.own_device()
     return net.to(device), transform, {"network": given.network, "transform": repr(transform)}
 
 
@@ -186,9 +204,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--tpr", type=float, default=0.95, help="the share of these to be taken for in-distribution (0.95)"
     )
+    new = "ID images in neither: say how many of them are taken for OOD"
+    fit.add_argument("--test", type=Path, metavar="FOLDER", help=new)
     fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the detector, in safetensors")
     score = calls.add_parser("score", help="score and decide, as CSV: file, class, score, ood")
     score.add_argument("--detector", type=Path, required=True, metavar="FILE", help="what fit has written")
+    score.add_argument("--id", action="store_true", help="the images are ID: say which share of them is lost")
     score.add_argument("--csv", type=Path, metavar="FILE", help="where the table goes; standard output by default")
     score.add_argument("--heat-maps", type=Path, metavar="FOLDER", help="write a map of each image (S&I and GAIA)")
     for call in (fit, score):
@@ -207,5 +228,5 @@ def _add_what_is_shared(call: argparse.ArgumentParser) -> None:
     call.add_argument("--unreadable", choices=("stop", "skip"), default="stop", help="at files that cannot be read")
     call.add_argument("--batch-size", type=int, default=64)
     call.add_argument("--workers", type=int, default=0, help="processes that read images")
-    call.add_argument("--device", help="cuda, if there is one, or cpu")
+    call.add_argument("--device", help="by default the GPU, if there is one, that LOCAL_RANK names")
     call.add_argument("--progress", action="store_true", help="show a progress bar")

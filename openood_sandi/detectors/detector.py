@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from openood_sandi.detectors import saved
 from openood_sandi.detectors.held_out import kept_out
 from openood_sandi.detectors.options import options_of, require_share
+from openood_sandi.engine.devices import exact_dtype, fetch
 from openood_sandi.runs.loaders import batches_of, loader_of
 from openood_sandi.runs.score import score_dataset
 
@@ -109,7 +110,7 @@ class Detector(ABC):
         """
         summary = self._summary(x)
         self.image_shape = tuple(x.shape[1:])
-        return summary.pred, self._scored(summary)
+        return _back(summary.pred, x), _back(self._scored(summary), x)
 
     def is_ood(self, x: Tensor) -> Tensor:
         """Whether the scores of images ``x`` (B, C, H, W) exceed the threshold, (B,) bool.
@@ -242,15 +243,16 @@ class Detector(ABC):
         held, wrong, device = [], 0, self._device()
         for images, labels in batches_of(source):
             out = kept_out(images) if learns and holds else torch.full((len(images),), holds)
-            images, labels, out = images.to(device), labels.to(device), out.to(device)
-            summary = self._summary(images)
+            summary = self._summary(images.to(device, non_blocking=True))
             self.image_shape = tuple(images.shape[1:])
-            finite = _finite(summary)
+            # all that the host has to know of the batch, at once
+            finite, *kept = fetch(_finite(summary), *_rows(summary, out.nonzero()[:, 0]))
             wrong += int((~finite).sum())
             if learns and bool((finite & ~out).any()):
-                self._learn(_rows(summary, finite & ~out), labels[finite & ~out])
+                chosen = (finite & ~out).nonzero()[:, 0]
+                self._learn(_rows(summary, chosen), labels.cpu()[chosen].to(summary.pred.device, non_blocking=True))
             if bool((finite & out).any()):
-                held.append(type(summary)(*(part.detach().cpu() for part in _rows(summary, finite & out))))
+                held.append(type(summary)(*(part.detach()[finite[out]] for part in kept)))
         if wrong:
             _log.warning("%d images were left out of the fit: they, or the network's outputs, are not finite", wrong)
         return held
@@ -262,8 +264,18 @@ _NO_THRESHOLD_IMAGES = (
 )
 
 
+def _back(result: Tensor, x: Tensor) -> Tensor:
+    """``result`` where the images ``x`` are: a device without float64 has its sums taken on the CPU."""
+    if result.device == x.device:
+        return result
+    dtype = exact_dtype(x.device) if result.is_floating_point() else result.dtype
+    return result.to(x.device, dtype, non_blocking=True)
+
+
 def _rows(summary: Any, chosen: Tensor) -> Any:
-    return type(summary)(*(part[chosen] for part in summary))
+    """The rows of a summary that the numbers ``chosen``, on the CPU, name."""
+    chosen = chosen.to(summary.pred.device, non_blocking=True)
+    return type(summary)(*(part.index_select(0, chosen) for part in summary))
 
 
 def _finite(summary: Any) -> Tensor:

@@ -29,6 +29,7 @@ from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import plain_numbers, require_name
 from openood_sandi.engine.features import Penultimate, stages
 from openood_sandi.engine.suffix import sensitivity
+from openood_sandi.engine.twin import Twin
 
 __all__ = ["INFO", "GradientShortCircuit", "short_circuited"]
 
@@ -70,6 +71,7 @@ class GradientShortCircuit(Detector):
         require_name(layer=layer)
         self.options = {"mask_ratio": mask_ratio, "score": score, "layer": layer}
         self._features = Penultimate(net)
+        self._twin = Twin(self._features.net)
         self._last_stage: str | None = None
 
     @property
@@ -93,9 +95,10 @@ class GradientShortCircuit(Detector):
         return logits.argmax(1), short_circuited(features, logits, weight, self.options["mask_ratio"])
 
     def _at_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        after = sensitivity(self.net, self._layer(x), x)
-        removed = _most_sensitive(after.feature.flatten(1), after.gradient.flatten(1), self.options["mask_ratio"])
-        return after.logits.argmax(1), after.logits_moved(-removed.view_as(after.feature))
+        with self._twin.use() as net:  # in whose graph nobody else writes
+            after = sensitivity(net, self._layer(x), x)
+            removed = _most_sensitive(after.feature.flatten(1), after.gradient.flatten(1), self.options["mask_ratio"])
+            return after.logits.argmax(1), after.logits_moved(-removed.view_as(after.feature))
 
     def _layer(self, x: Tensor) -> str:
         """The name of the layer, by the images ``x`` where it is that of the last map."""

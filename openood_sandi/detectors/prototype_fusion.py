@@ -25,6 +25,7 @@ from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import plain_numbers
 from openood_sandi.engine import checks
+from openood_sandi.engine.devices import Moved, exact_device, fetch
 from openood_sandi.engine.features import pooled, require_called, stages
 
 __all__ = ["INFO", "PrototypeFusion", "affinity"]
@@ -80,6 +81,7 @@ class PrototypeFusion(Detector):
         self._named = tuple(names) if self._last is None else ()
         self._found: tuple[str, ...] = ()
         self._sums: Tensor | None = None
+        self._moved = Moved()
 
     @property
     def net(self) -> nn.Module:
@@ -111,7 +113,8 @@ class PrototypeFusion(Detector):
         if absent:
             raise RuntimeError(f"no prototypes of {', '.join(absent)}: call fit first")
         by_layer = self._by_layer(summary.vectors)
-        return 1 - affinity({name: by_layer[name] for name in names}, self.prototypes)
+        prototypes = {name: self._moved.to(name, self.prototypes[name], summary.vectors) for name in names}
+        return 1 - affinity({name: by_layer[name] for name in names}, prototypes)
 
     def _by_layer(self, vectors: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._found, torch.split(vectors, self._widths, 1), strict=True))
@@ -122,18 +125,22 @@ class PrototypeFusion(Detector):
         self._sums, self._seen = None, torch.zeros(0)
 
     def _learn(self, summary: Features, labels: Tensor) -> None:
-        known = labels >= 0
-        vectors, labels = summary.vectors[known], labels[known]
+        vectors = summary.vectors
+        if exact_device(vectors.device) != vectors.device:
+            vectors, labels = fetch(vectors, labels)
+        exact = vectors.double()
         if self._sums is None:
-            self._sums = vectors.new_zeros(self._classes, vectors.shape[1], dtype=torch.double)
-            self._seen = torch.zeros(self._classes, dtype=torch.bool, device=vectors.device)
-        self._sums.index_add_(0, labels, vectors.double())
-        self._seen[labels] = True
+            self._sums = exact.new_zeros(1 + self._classes, exact.shape[1])
+            self._seen = torch.zeros(1 + self._classes, dtype=torch.int64, device=exact.device)
+        rows = 1 + labels.clamp_min(-1)  # the first is of images without a label
+        self._sums.index_add_(0, rows, exact)
+        self._seen.index_add_(0, rows, torch.ones_like(rows))
 
     def _settle(self, held: Features) -> None:
-        if self._sums is None or not self._seen.any():
+        seen = torch.zeros(0) if self._sums is None else self._seen[1:].cpu() > 0
+        if self._sums is None or not seen.any():
             raise ValueError("no training images with labels: every class needs some for its prototype")
-        sums = self._by_layer(self._sums[self._seen])
+        sums = self._by_layer(self._sums[1:].cpu()[seen])
         self.prototypes = {name: F.normalize(total, dim=1).float().cpu() for name, total in sums.items()}
 
     def _layers(self, x: Tensor) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import is_autocast
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import MemoryBudget, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.tape import Tape
 from openood_sandi.engine.walk import Objective, Observer, Walk, walk_splits
 
@@ -40,7 +42,9 @@ def _largest(logits: Tensor, feature: Tensor | None) -> Tensor:
     return logits.max(-1).values.sum()
 
 
-def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: MemoryBudget) -> str:
+def disagreement(
+    net: nn.Module, x: Tensor, sites: Sequence[Site], budget: MemoryBudget, state: Snapshot | None = None
+) -> str:
     """In what replayed passes differ from plain ones on images ``x`` (b, C, H, W), in words; "" where they agree.
 
     Compared are the logits, and the first two gradients at a few of the ``sites``; those that are no module's output
@@ -48,19 +52,21 @@ def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: Memor
     """
     chosen = [site for site in sites if site.module is not None]
     chosen = chosen[:: max(1, -(-len(chosen) // _SITES))]
-    if not chosen or x.dtype not in _TOLERANCE or _is_autocast(x.device):
+    if not chosen or x.dtype not in _TOLERANCE or is_autocast(x.device):
         return ""
     objective = Objective(_largest, _largest)
     walk = Walk(lambda logits, feature: dict.fromkeys(chosen, objective), _ATTACK)
     replayed, plain = _Gradients(), _Gradients()
     try:
+        if state is not None:
+            state.restore()
         expected = walk_plain(net, x, chosen, walk, plain)
     except (RuntimeError, ValueError) as error:  # autograd refuses what a record can do without, as out=
         if is_out_of_memory(error):
             raise
         return ""
     try:
-        logits = walk_splits(Tape(net, chosen), x, walk, replayed, budget)
+        logits = walk_splits(Tape(net, chosen, state), x, walk, replayed, budget)
     except ReplayError as error:
         return str(error)
     tolerance = _TOLERANCE.get(logits.dtype, 0.1)
@@ -78,7 +84,3 @@ def disagreement(net: nn.Module, x: Tensor, sites: Sequence[Site], budget: Memor
 def _close(found: Tensor, right: Tensor, tolerance: float) -> bool:
     difference = (found - right).nan_to_num(0.0, 0.0, 0.0)
     return found.shape == right.shape and float(difference.norm()) <= tolerance * float(right.nan_to_num().norm())
-
-
-def _is_autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openood_sandi.engine import writes
+from openood_sandi.engine.devices import is_autocast
 from openood_sandi.engine.lanes import align, find, lanes_of, map_tensors, tag, tensors_in, union, widen
 from openood_sandi.engine.single_image import with_right_gradient
 
@@ -228,6 +229,6 @@ def _by_vmap(func: Callable[..., Any], args: Any, kwargs: Any, ids: tuple[int, .
     if len(outputs) != len(tensors_in(clean)):
         raise ValueError(f"gives {len(outputs)} tensors where {len(tensors_in(clean))} were due")
     remaining = iter(outputs)
-    if not torch.is_autocast_enabled(inputs[0].device.type):
+    if not is_autocast(inputs[0].device):
         return map_tensors(clean, lambda _: next(remaining))
     return map_tensors(clean, lambda recorded: next(remaining).to(recorded.dtype))  # autocast does not reach into vmap

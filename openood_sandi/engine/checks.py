@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.memory import is_out_of_memory
+from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.wrappers import unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -22,14 +24,7 @@ def eager_network(net: nn.Module) -> nn.Module:
     """The network inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is {_kind(net)}, expected an eager torch.nn.Module")
-    while True:
-        compiled = getattr(net, "_orig_mod", None)  # torch.compile's wrapper
-        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            net = net.module
-        elif isinstance(compiled, nn.Module):
-            net = compiled
-        else:
-            break
+    net = unwrapped(net)
     if isinstance(net, torch.jit.ScriptModule):
         raise TypeError("net is a TorchScript module, whose layers cannot be split; pass the eager network behind it")
     for name, module in net.named_modules():
@@ -40,6 +35,11 @@ def eager_network(net: nn.Module) -> nn.Module:
                 "gradients; pass the floating-point network that it was made from"
             )
     return net
+
+
+def called_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``net`` by name that Python calls, so that hooks can be set: TorchScript's are none."""
+    return (named for named in net.named_modules() if not isinstance(named[1], torch.jit.ScriptModule))
 
 
 def require_images(x: Tensor) -> None:
@@ -125,12 +125,13 @@ def not_finite(net: nn.Module, x: Tensor) -> list[str]:
 def _hooks(
     net: nn.Module, enter: Callable[[str, object], object], leave: Callable[[str, object], object]
 ) -> Iterator[None]:
-    """Calls ``enter(name, arguments)`` and ``leave(name, output)`` at every module of the passes inside."""
+    """Calls ``enter(name, arguments)`` and ``leave(name, output)`` at every module of this thread's passes inside."""
     handles = []
     try:
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: _void(enter(name, args))))
-            handles.append(module.register_forward_hook(lambda _, args, out, name=name: _void(leave(name, out))))
+        for name, module in called_modules(net):
+            entering = in_this_thread(lambda _, args, name=name: _void(enter(name, args)))
+            leaving = in_this_thread(lambda _, args, out, name=name: _void(leave(name, out)))
+            handles += [module.register_forward_pre_hook(entering), module.register_forward_hook(leaving)]
         yield
     finally:
         for handle in handles:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.engine.wrappers import is_wrapper
+
 __all__ = ["Contents", "Mirror", "version"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
@@ -27,7 +29,7 @@ class Contents:
 
     Attributes:
         tensors: every tensor, registered or kept as an attribute, each once.
-        scripted, compiled: the TorchScript modules and the ``torch.compile`` wrappers among the modules.
+        scripted, wrappers: the TorchScript modules and the wrappers (:mod:`.wrappers`) among the modules.
         shareable: locks and scripted functions, which a copy can use as they are.
         bound: the first function or weak reference that holds on to a module of the tree, so that a copy of the tree
             would use the original, in words; "" where there is none.
@@ -37,7 +39,7 @@ class Contents:
     def __init__(self, net: nn.Module) -> None:
         self.tensors: list[Tensor] = []
         self.scripted: list[torch.jit.ScriptModule] = []
-        self.compiled: list[nn.Module] = []
+        self.wrappers: list[nn.Module] = []
         self.shareable: list[Any] = []
         self.bound = ""
         self.lazy: str | None = None
@@ -63,8 +65,8 @@ class Contents:
         elif (inside := _inside(thing)) is not None:
             self._views.append(inside)
             self._kept.append(_kept(thing))
-            if _is_compiled(thing):
-                self.compiled.append(thing)
+            if is_wrapper(thing):
+                self.wrappers.append(thing)
 
     def _now(self) -> tuple[list[Any], list[Any], list[type]]:
         """The objects in the containers, where the tensors lie, and what kinds the modules are."""
@@ -142,14 +144,9 @@ def _inside(thing: Any) -> Collection[Any] | None:
         return (thing.__self__, thing.__func__)
     if isinstance(thing, functools.partial):
         return (thing.func, thing.args, thing.keywords)
-    if _is_compiled(thing):
-        return (thing._orig_mod,)
+    if is_wrapper(thing):
+        return thing._modules.values()  # type: ignore[no-any-return]
     return None if _is_whole(thing) else vars(thing).values()
-
-
-def _is_compiled(thing: Any) -> bool:
-    """Whether ``thing`` is what ``torch.compile(module)`` returns."""
-    return isinstance(thing, nn.Module) and isinstance(getattr(thing, "_orig_mod", None), nn.Module)
 
 
 def _is_whole(thing: Any) -> bool:
@@ -170,7 +167,7 @@ def _kept(thing: Any) -> tuple[Any, Any]:
     """The container behind ``thing``, and a copy of it to put back."""
     if isinstance(thing, (dict, *_SEQUENCES)):
         return thing, thing.copy() if isinstance(thing, (dict, list, set, deque)) else thing
-    if isinstance(thing, (types.MethodType, functools.partial)) or _is_compiled(thing):
+    if isinstance(thing, (types.MethodType, functools.partial)) or is_wrapper(thing):
         return thing, None
     return vars(thing), vars(thing).copy()
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import checks
+from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["LinearHead", "Penultimate", "hooked", "pooled", "require_called", "stages"]
 
 
 @contextmanager
 def hooked(modules: dict[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls ``seen(name, input, output)`` for each call of a module from one tensor to one tensor."""
+    """Calls ``seen(name, input, output)`` for each call of a module from one tensor to one tensor, in this thread."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def see(module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
@@ -30,7 +31,7 @@ def hooked(modules: dict[str, nn.Module], seen: Callable[[str, Tensor, Tensor], 
 
         return see
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(in_this_thread(hook(name))) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -148,7 +149,7 @@ _Calls = list[tuple[str, tuple[int, ...]]]  # name of a module and shape of its 
 
 def _calls(net: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], _Calls]:
     net = checks.eager_network(net)
-    modules = {name: module for name, module in net.named_modules() if name}
+    modules = {name: module for name, module in checks.called_modules(net) if name}
     calls: _Calls = []
     with torch.no_grad(), hooked(modules, lambda name, _, output: calls.append((name, tuple(output.shape)))):
         net(x[:1])

@@ -4,6 +4,9 @@ A hook that returns nothing and writes into nothing only looks. It is called onc
 with detached tensors of the network's own shapes, and not at all in replays, whose tensors have lanes. A hook that
 changes what flows on is part of the function and runs like the rest of it. Which kind a hook is shows in the first
 plain pass, before anything is recorded; one that changes something in a later batch alone is an error of that record.
+
+A backward hook is part of the gradient. One of a module whose inputs need no gradient is not called: the twin's
+parameters are frozen, so there is none to change, and the hook of a network in training has never met None instead.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ __all__ = ["tame"]
 
 
 def tame(net: nn.Module) -> None:
-    """Has the forward hooks of ``net``, a twin, act as said above."""
+    """Has the hooks of ``net``, a twin, act as said above."""
     for module in net.modules():
         hooks: dict[int, Any]
+        if module._is_full_backward_hook:
+            for key, hook in list(module._backward_hooks.items()):
+                module._backward_hooks[key] = _BackwardHook(hook)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 hooks[key] = _TamedHook(hook)
@@ -58,6 +64,16 @@ class _TamedHook:
         if result is not None or before != list(_versions(given)):
             self._seen.to_change = True
         return result
+
+
+class _BackwardHook:
+    """A user's full backward hook."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return None if all(gradient is None for gradient in inputs) else self._hook(module, inputs, outputs)
 
 
 class _Seen:

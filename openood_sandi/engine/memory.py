@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,8 +77,7 @@ class MemoryBudget:
                     "Free memory there, use smaller images, fewer split points or the CPU"
                 )
             gc.collect()
-            if x.device.type != "cpu":
-                getattr(torch, x.device.type).empty_cache()
+            _empty_cache(x.device)
 
     def __str__(self) -> str:
         return _size(self.images, self.lanes)
@@ -112,13 +111,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now, caches that give way to an allocation counted as free."""
-    if device.type in ("cuda", "xpu"):
-        backend = getattr(torch, device.type)
+    backend = _backend(device)
+    if hasattr(backend, "mem_get_info"):  # CUDA, XPU and their like
         free, _ = backend.mem_get_info(device)
         return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(_machine_memory(), _container_memory())
+    if hasattr(backend, "recommended_max_memory"):  # MPS
+        return max(int(backend.recommended_max_memory() - backend.current_allocated_memory()), 0)
+    return min(_machine_memory(), _container_memory())  # also for a device that tells nothing
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Hands back what torch keeps of the device's memory for later allocations."""
+    empty = getattr(_backend(device), "empty_cache", None)
+    if empty is not None:
+        empty()
+
+
+def _backend(device: torch.device) -> Any:
+    """``torch.cuda``, ``torch.xpu``, ``torch.mps`` or whatever deals with a device's memory, None for the CPU."""
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
 
 
 def _machine_memory() -> int:

@@ -7,29 +7,25 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import checks, lanes
 from openood_sandi.engine.agreement import disagreement
-from openood_sandi.engine.contents import version
 from openood_sandi.engine.errors import BackwardError, ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.splits import RecordedNetwork, record_network
 from openood_sandi.engine.tape import Tape
-from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.twin import Twin
 from openood_sandi.engine.walk import Observer, Walk, walk_input, walk_splits
 
-__all__ = ["Choice", "SplitNetwork"]
+__all__ = ["Choice", "SplitNetwork", "Weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +34,20 @@ U = TypeVar("U")
 
 Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 """From the network, a recorded pass and its images (b, C, H, W), which are noise, to the split points in call order."""
+
+
+class Weights(NamedTuple):
+    """Tells states of a network's weights from one another."""
+
+    known: tuple[object, ...]
+    """What the host has read."""
+    sums: list[Tensor]
+    """What is summed on other devices: to read them is to wait."""
+
+    @staticmethod
+    def values(sums: Sequence[Tensor]) -> tuple[bytes, ...]:
+        """``sums`` on the CPU as values to compare."""
+        return tuple(total.numpy().tobytes() for total in sums)
 
 
 class SplitNetwork:
@@ -82,7 +92,7 @@ class SplitNetwork:
         """Of which images, C x H x W, and in which making of the twin, the split points were found."""
         self._bytes_per_pixel = 0.0
         self._budget = MemoryBudget()
-        self._twin = Twin(self.net)
+        self._twin = Twin(self.net, logits)
         self._running: nn.Module = self.net
         """What passes are made over: the twin, while a batch is worked on."""
         self._made = 0
@@ -153,8 +163,9 @@ class SplitNetwork:
                         "or several rows an image; name other splits, or leave both options at their defaults"
                     )
         if self._plain_because and walk.input_ascent is None:
+            self._twin.state.restore()
             return walk_plain(self._running, x, sites, walk, observer).logits
-        tape = Tape(self._running, sites)
+        tape = Tape(self._running, sites, self._twin.state)
         if walk.input_ascent is None:
             logits = walk_splits(tape, x, walk, observer, self._budget)
         else:
@@ -167,56 +178,39 @@ class SplitNetwork:
             )
         return logits
 
-    def weights_version(self) -> tuple[object, ...]:
-        """What is another after a change of any tensor that the network holds.
-
-        Counts of writes tell most of it; those through ``.data`` or ``.numpy()``, as pruning makes them, and those into
-        inference tensors are not counted, and show in the norms.
-        """
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            tensors = [t for t in self._twin.tensors if t.layout == torch.strided and t.is_floating_point()]
-            norms = torch._foreach_norm(tensors) if tensors else ()
-            # of one kind each: bytes, as NaN is not equal to itself, and one look for each device
-            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-            for norm in norms:
-                kinds[norm.device, norm.dtype].append(norm)
-            values = tuple(torch.stack(of_kind).cpu().double().numpy().tobytes() for of_kind in kinds.values())
-        return self._made, *values, *map(version, tensors)
+    def weights(self) -> Weights:
+        """What is another after a change of any tensor that the network holds, however it was made: all are read."""
+        read, sums = self._twin.fingerprint()
+        return Weights((self._made, read), sums)
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""
+        state = self._twin.state
+        state.restore()
         with torch.no_grad():
             plain = self._running(x.clone())  # some networks write into their images
         if isinstance(plain, Tensor) and len(x) == 1:
             plain = lanes.as_batch(plain)
         checks.require_logits(plain)
         self.classes = plain.shape[1]
+        state.restore()
         found, recorded = record_network(self._running, x)
+        written = state.written(uncounted=True)
         checks.require_same(plain, recorded)
+        if written and not self.is_plain:
+            self._go_plain(written)
+        state.restore()
         return found
 
     def not_finite(self, x: Tensor) -> list[str]:
         """For each of the images ``x`` (B, C, H, W) whose logits are not finite, where NaN or infinity comes from."""
-        with self._twin.use() as module, self._returning_logits(module):
+        with self._twin.use() as module:
             return checks.not_finite(module, x)
 
     # ------------------------------------------------------------------ a batch
 
-    @contextmanager
-    def _returning_logits(self, module: nn.Module) -> Iterator[None]:
-        """Within it ``module`` returns its logits, in this thread."""
-        if self.logits is None:
-            yield
-            return
-        take = self.logits
-        handle = module.register_forward_hook(in_this_thread(lambda module, args, output: take(output)))
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def _over_twin(self, x: Tensor, work: Callable[[Tensor], T]) -> list[T]:
-        with self._twin.use() as module, self._returning_logits(module):
+        with self._twin.use() as module:
             if module is not self._running:
                 self._running, self._made = module, self._made + 1
             return self._in_parts(x, work)
@@ -230,10 +224,10 @@ class SplitNetwork:
                     self._find_splits(next(self._budget.parts(x[:2], 2)))
                 self._require_agreement(x[:2])
                 try:
-                    return [work(part) for part in self._cut(x)]
+                    return list(map(work, self._cut(x)))
                 except ReplayError as error:
                     self._go_plain(str(error))
-                    return [work(part) for part in self._cut(x)]
+                    return list(map(work, self._cut(x)))
             except Exception as error:
                 if not isinstance(error, ReplayError) and not is_out_of_memory(error):
                     checks.require_accepted(self._running, x)
@@ -243,7 +237,9 @@ class SplitNetwork:
         """The batch in parts: half the memory budget holds a part's recorded pass; the other half is for replays."""
         self._budget.bytes = int(self.memory_fraction * free_memory(x.device)) // 2
         image = 3 * self._bytes_per_pixel * x[0].numel()  # results, what autograd saves beside them, gradients
-        return self._budget.parts(x, max(1, int(self._budget.bytes / image)))
+        for part in self._budget.parts(x, max(1, int(self._budget.bytes / image))):
+            self._twin.state.restore()
+            yield part
 
     def _require_agreement(self, x: Tensor) -> None:
         """Compares replayed passes with plain ones, once for each kind of images and state of the network."""
@@ -251,7 +247,8 @@ class SplitNetwork:
         if key in self._agreed or self.is_plain:
             return
         sites = [split.site for split in self._splits]
-        difference = disagreement(self._running, next(self._budget.parts(x, len(x))), sites, self._budget)
+        few = next(self._budget.parts(x, len(x)))
+        difference = disagreement(self._running, few, sites, self._budget, self._twin.state)
         if difference:
             self._go_plain(difference)
         self._agreed.add(key)

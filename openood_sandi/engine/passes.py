@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import lanes
+from openood_sandi.engine.checks import called_modules
 from openood_sandi.engine.recorded import Call, Site
 from openood_sandi.engine.tape import Tape
+from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["Layer", "Pass", "first_tensor", "record_pass"]
 
@@ -99,9 +101,9 @@ def record_pass(net: nn.Module, x: Tensor) -> Pass:
 
     handles = []
     try:
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave_as(name)))
+        for name, module in called_modules(net):
+            handles.append(module.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(in_this_thread(leave_as(name))))
         with torch.no_grad():
             output = tape.record(x)
     finally:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.contents import Contents
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.threads import in_this_thread
-from openood_sandi.engine.twin import Snapshot
 from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
 
 __all__ = ["PlainWalk", "walk_plain"]
@@ -101,7 +102,7 @@ class _Walker:
     def __init__(self, net: nn.Module, x: Tensor, feature: Site | None) -> None:
         self.net, self.x, self.feature = net, x.detach(), feature
         self._trains = any(parameter.requires_grad for parameter in net.parameters())
-        self._state = Snapshot(net)
+        self._state = Snapshot(net, Contents(net))
 
     @contextmanager
     def state_kept(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ along d is (df/dF) d: the directional derivative, by the suffix's operations alo
 from __future__ import annotations
 
 import difflib
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openood_sandi.engine import checks
+from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["Sensitivity", "sensitivity"]
+
+_kernel_of_attention = threading.Lock()
+"""That choice is the whole process's: threads that make it at once would leave each other's behind."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def sensitivity(net: nn.Module, layer: str, x: Tensor) -> Sensitivity:
     net = checks.eager_network(net)
     checks.require_eval(net)
     # the math kernel is the attention that can be differentiated twice
-    with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+    with torch.inference_mode(False), _kernel_of_attention, sdpa_kernel(SDPBackend.MATH):
         feature, logits = _cut(net, layer, x.clone() if x.is_inference() else x)
         weights = torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1).requires_grad_()
         gradient = None
@@ -86,7 +91,7 @@ def _cut(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
         torch.set_grad_enabled(True)  # until no_grad below ends
         return found[0].clone()  # which a layer behind may write into
 
-    handle = module.register_forward_hook(cut)
+    handle = module.register_forward_hook(in_this_thread(cut))
     try:
         with torch.no_grad():
             logits = net(x)

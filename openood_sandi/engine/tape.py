@@ -27,6 +27,7 @@ from openood_sandi.engine.memory import is_out_of_memory
 from openood_sandi.engine.no_grad import Regions
 from openood_sandi.engine.recorded import Call, Produced, Site, name_of
 from openood_sandi.engine.single_image import with_right_gradient
+from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.threads import in_this_thread
 
 __all__ = ["Tap", "Tape", "keep", "running"]
@@ -58,11 +59,13 @@ class Tape(TorchFunctionMode):
     Args:
         net: a network in eval mode. It is only ever called; hooks are set for the length of a pass.
         sites: the places where the ``tap`` of a pass is called.
+        state: the state of ``net`` that every pass is to start from; None where it is of no account.
     """
 
-    def __init__(self, net: nn.Module, sites: Iterable[Site] = ()) -> None:
+    def __init__(self, net: nn.Module, sites: Iterable[Site] = (), state: Snapshot | None = None) -> None:
         super().__init__()
         self.net = net
+        self._state = state
         self.calls: list[Call] = []
         self.reached: dict[Site, int] = {}
         """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
@@ -89,6 +92,8 @@ class Tape(TorchFunctionMode):
         self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
         self._overwritten = inplace.Overwritten()
         self._origin[id(x)] = (x, -1)
+        if self._state is not None:
+            self._state.restore()
         try:
             return self._run(x, tap)
         finally:
@@ -102,6 +107,8 @@ class Tape(TorchFunctionMode):
         Calls in place are left to happen, except to what has a gradient from ``tap``.
         """
         self._listen = listen
+        if self._state is not None:
+            self._state.restore()
         try:
             return self._run(x.clone(), tap)
         finally:
@@ -122,10 +129,24 @@ class Tape(TorchFunctionMode):
         """Runs the recorded pass on the same ``x`` again, with the lanes that ``tap`` joins to the sites it chooses.
 
         Every result is shown to ``heard``.
+
+        Raises:
+            ReplayError: the pass cannot be repeated; or the recorded one wrote into tensors that the network holds, and
+                that its record shows.
         """
+        if self._state is not None:
+            # values stay as the recorded pass left them: a call in place that is not made again gave them
+            if written := self._state.written():
+                raise ReplayError(written)
+            self._state.restore(values=False)
         self._heard = heard
         try:
             return self._run(x, tap)
+        except Exception as error:  # of code that torch's function mode does not see, as TorchScript's
+            if isinstance(error, ReplayError) or is_out_of_memory(error):
+                raise
+            last = str(error).strip().rpartition("\n")[2]
+            raise ReplayError(f"it cannot run on several perturbed copies at once ({last})") from error
         finally:
             self._heard = None
 

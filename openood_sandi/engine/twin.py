@@ -17,7 +17,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -25,10 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine.contents import Contents, Mirror, version
+from openood_sandi.engine.fingerprint import Fingerprint
 from openood_sandi.engine.hooks import tame
 from openood_sandi.engine.memory import is_out_of_memory
+from openood_sandi.engine.state import Snapshot
+from openood_sandi.engine.threads import in_this_thread
+from openood_sandi.engine.wrappers import innermost
 
-__all__ = ["Snapshot", "Twin"]
+__all__ = ["Twin"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,20 +46,23 @@ _taking_turns = threading.Lock()
 class Twin:
     """The twin of ``net``, made on first use and kept up to date with it.
 
-    Attributes:
+    Args:
         net: the caller's network. It is read, and written to only where it is ``shared``.
+        logits: what the twin returns, of what ``net`` returns; None for the same.
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
+    def __init__(self, net: nn.Module, logits: Callable[[Any], Any] | None = None) -> None:
+        self.net, self.logits = net, logits
         self._lock = threading.RLock()
         self._original: Contents | None = None
         self._copied: _Copied | None = None
         self._why = ""
         self._warned = False
+        self._state: Snapshot | None = None
+        self._fingerprint: Fingerprint | None = None
 
-    def __reduce__(self) -> tuple[type[Twin], tuple[nn.Module]]:
-        return Twin, (self.net,)  # locks do not travel, and the copy of a detector makes its own twin
+    def __reduce__(self) -> tuple[type[Twin], tuple[nn.Module, Callable[[Any], Any] | None]]:
+        return Twin, (self.net, self.logits)  # locks do not travel, and the copy of a detector makes its own twin
 
     @property
     def turn(self) -> AbstractContextManager[bool]:
@@ -74,12 +81,14 @@ class Twin:
             self._update()
             return self._why
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Every tensor that the original holds: parameters, buffers, and those kept as attributes."""
+    def fingerprint(self) -> tuple[bytes, list[Tensor]]:
+        """A :class:`Fingerprint` of all tensors that the original holds: parameters, buffers, attributes."""
         with self._lock:
             self._update()
-            return self._original.tensors if self._original is not None else ()
+            if self._fingerprint is None:
+                assert self._original is not None
+                self._fingerprint = Fingerprint(self._original.tensors)
+            return self._fingerprint()
 
     def current(self) -> nn.Module:
         """The twin as the original is now, or the original where it is ``shared``.
@@ -94,7 +103,14 @@ class Twin:
             if self._copied is None:
                 return self.net
             self._copied.mirror.refresh()
+            self._copied.state.take()
             return self._copied.net
+
+    @property
+    def state(self) -> Snapshot:
+        """The state that every pass over the network in :meth:`use` is to start from."""
+        assert self._state is not None, "there is one in use() alone"
+        return self._state
 
     @contextmanager
     def use(self) -> Iterator[nn.Module]:
@@ -110,9 +126,10 @@ class Twin:
         with self._lock:
             module = self.current()
             if self._copied is None:
-                with _turn(self.net, self._why):
+                with _turn(self.net, self._why, self.logits) as self._state:
                     yield module
                 return
+            self._state = self._copied.state
             parameters = self._copied.parameters
             before = _versions(parameters)
             try:
@@ -128,7 +145,7 @@ class Twin:
         if self._original is not None and self._original.unchanged():
             return
         for _ in range(_ATTEMPTS):
-            self._original = self._copied = None
+            self._original = self._copied = self._fingerprint = None
             original = Contents(self.net)
             if original.lazy is not None:
                 raise ValueError(
@@ -138,7 +155,7 @@ class Twin:
             self._why = original.bound and f"{original.bound} holds on to the network itself"
             if not self._why:
                 try:
-                    self._copied = _Copied(self.net, original)
+                    self._copied = _Copied(self.net, original, self.logits)
                 except Exception as error:  # whatever an object's own way of being copied raises
                     if is_out_of_memory(error):
                         raise
@@ -151,17 +168,15 @@ class Twin:
 
     def _clean_up(self, copied: _Copied) -> None:
         """Undoes what the batch's passes left on the twin; tensors are refreshed before the next."""
-        if copied.contents.unchanged():
-            return
-        copied.contents.restore()
-        if not copied.contents.unchanged():  # a parameter's .data
+        copied.state.restore(values=False)
+        if not copied.contents.unchanged():  # what cannot be put back
             self._original = self._copied = None
 
 
 class _Copied:
-    """A copy of ``net``, made from what it holds."""
+    """A copy of ``net`` that returns ``logits``, made from what it holds."""
 
-    def __init__(self, net: nn.Module, original: Contents) -> None:
+    def __init__(self, net: nn.Module, original: Contents, logits: Callable[[Any], Any] | None) -> None:
         self.parameters = [tensor for tensor in original.tensors if isinstance(tensor, nn.Parameter)]
         others = [tensor for tensor in original.tensors if not isinstance(tensor, nn.Parameter)]
         memo: dict[int, Any] = {id(thing): thing for thing in original.shareable}
@@ -169,15 +184,18 @@ class _Copied:
             memo |= {id(parameter): _alias(parameter) for parameter in self.parameters}
             pairs = [(tensor, tensor.detach().clone()) for tensor in others]
             memo |= {id(tensor): copied for tensor, copied in pairs}
-            for wrapper in original.compiled:
-                memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
+            for wrapper in original.wrappers:
+                memo[id(wrapper)] = copy.deepcopy(innermost(wrapper), memo)
             self.net: nn.Module = copy.deepcopy(net, memo)
         for scripted in original.scripted:
             pairs += _scripted_pairs(scripted, memo[id(scripted)])
         for module in self.net.modules():
             vars(module).pop("_compiled_call_impl", None)  # net.compile(): the eager forward is what can be split
         tame(self.net)
+        if logits is not None:
+            self.net.register_forward_hook(lambda module, args, output: logits(output))
         self.contents, self.mirror = Contents(self.net), Mirror(pairs)
+        self.state = Snapshot(self.net, self.contents, private=True)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -205,28 +223,9 @@ def _scripted_pairs(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, 
     return [*parameters, *zip(source.buffers(), target.buffers(), strict=True)]
 
 
-class Snapshot:
-    """What ``net`` holds now, its parameters apart, to be put back."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._contents = Contents(net)
-        kept = (t for t in self._contents.tensors if not isinstance(t, nn.Parameter) and not t.is_inference())
-        with torch.no_grad():
-            self._values = [(tensor, tensor.detach().clone()) for tensor in kept]
-
-    def restore(self) -> None:
-        """Puts back what was replaced, and copies back what was written to: other threads may be using the rest."""
-        if not self._contents.unchanged():
-            self._contents.restore()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            for tensor, value in self._values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-
-
 @contextmanager
-def _turn(net: nn.Module, why: str) -> Iterator[None]:
-    """The only pass over ``net`` for now; it is left as found.
+def _turn(net: nn.Module, why: str, logits: Callable[[Any], Any] | None) -> Iterator[Snapshot]:
+    """The only passes over ``net`` for now, which returns ``logits`` in them; it is left as found.
 
     Raises:
         ValueError: it cannot be run itself either.
@@ -243,9 +242,22 @@ def _turn(net: nn.Module, why: str) -> Iterator[None]:
         )
     with _taking_turns:
         lock = _turns.setdefault(net, threading.RLock())
-    with lock:
-        snapshot = Snapshot(net)
+    with lock, _returning(net, logits):
+        state = Snapshot(net, Contents(net))
         try:
-            yield
+            yield state
         finally:
-            snapshot.restore()
+            state.restore()
+
+
+@contextmanager
+def _returning(net: nn.Module, logits: Callable[[Any], Any] | None) -> Iterator[None]:
+    """Within it ``net`` returns its logits, in this thread."""
+    if logits is None:
+        yield
+        return
+    handle = net.register_forward_hook(in_this_thread(lambda module, args, output: logits(output)))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -157,8 +157,8 @@ class _Replay:
         lane = {site: number for number, site in enumerate(z)}
         for number, (loss, (attributed, stepped)) in enumerate(losses.items(), 1):
             sites = list(dict.fromkeys([*attributed, *stepped]))
-            rows = slice(None) if len(sites) == len(lane) else [lane[site] for site in sites]
-            value = loss(logits[rows], None if features is None else features[rows])
+            rows = [lane[site] for site in sites]
+            value = loss(_rows(logits, rows), None if features is None else _rows(features, rows))
             gradients = gradients_of(value, [leaves[site] for site in sites], retain=number < len(losses))
             for site, gradient in zip(sites, gradients, strict=True):
                 if site in attributed:
@@ -226,6 +226,15 @@ def walk_input(tape: Tape, x: Tensor, walk: Walk, observer: Observer) -> Tensor:
         attacked = walk.attack.advance(attacked.detach(), x, step)
         before = now
     return clean_logits
+
+
+def _rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """``tensor[numbers]``, which for a list would have to go to the tensor's device first."""
+    if numbers == list(range(len(tensor))):
+        return tensor
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return tensor[numbers[0] : numbers[-1] + 1]
+    return torch.stack([tensor[number] for number in numbers])
 
 
 def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.batches import is_fixed, order_of, share_of, some_of
-from openood_sandi.runs.cache import BatchScores, Entry, ScoreCache
+from openood_sandi.runs.cache import Entry, ScoreCache
 from openood_sandi.runs.canary import sing
 from openood_sandi.runs.contents import files_of
+from openood_sandi.runs.results import BatchScores, Results
 from openood_sandi.runs.unreadable import Batch, name_without_score, record
 
 __all__ = ["Scorer", "score_dataset"]
@@ -88,16 +89,18 @@ def score_dataset(
     if cache is not None and (whole := _whole(key, loader, order, device, unreadable, title)) is not None:
         entry = cache.entry(ranks.broadcast("key", whole), _paths(loader, order or []))
     known = _known(_task(key, order, device), entry)
-    sung = False
-    if canary and known and order is not None:
-        sung = sing(known, lambda numbers: _again(score, loader, order, numbers, device, unreadable), entry)
+    sung = bool(canary and known and order is not None)
+    if sung and not sing(known, lambda numbers: _again(score, loader, order or [], numbers, device, unreadable), entry):
+        known = Results.of({})
 
     started = time.monotonic()
     mine = _Mine(entry)
     count = len(order or ())
     try:
         bar = functools.partial(_shown, progress=progress, title=title)
-        for number, batch, is_mine in share_of(loader, order, known, device, unreadable, bar, sung):
+        for number, batch, is_mine in share_of(
+            loader, order, known, device, unreadable, bar, sung and ranks.rank() == 0
+        ):
             count = max(count, number + 1)
             results = _scored(score, batch, device) if is_mine or number == 0 else None
             if is_mine and results is not None:
@@ -109,7 +112,7 @@ def score_dataset(
     patience = timedelta(seconds=time.monotonic() - started)
     for their_count, elsewhere in ranks.gather("scores", (count, mine.batches), patience):
         _require_same({"number of batches": their_count}, {"number of batches": count})
-        known |= elsewhere
+        known = known.joined(Results.of(elsewhere))
     return _told(known, entry, loader, order, title)
 
 
@@ -132,8 +135,10 @@ class _Mine:
 
     def settle(self) -> None:
         """Fetch from the device what is there."""
-        for number, results, batch in self._on_device:
-            self.batches[number] = _scores(results, batch)
+        fetched = iter(_fetched([each for _, results, _ in self._on_device for each in results]))
+        for number, _, batch in self._on_device:
+            pred, values, label = (_as_array(next(fetched)) for _ in range(3))
+            self.batches[number] = BatchScores(pred, values, label, batch.unreadable, batch.contents)
         self._on_device.clear()
 
     def write(self) -> None:
@@ -145,16 +150,16 @@ class _Mine:
 # ---------------------------------------------------------------------- ranks
 
 
-def _known(task: Mapping[str, object], entry: Entry | None) -> dict[int, BatchScores]:
+def _known(task: Mapping[str, object], entry: Entry | None) -> Results:
     """The batches that an earlier run has finished, of every rank: they may be on machines with folders of their own.
 
     Raises:
         RuntimeError: another rank is about to do something else.
     """
-    known: dict[int, BatchScores] = {}
-    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else {})):
+    known = Results.of({})
+    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else known)):
         _require_same(theirs, task)
-        known |= elsewhere
+        known = known.joined(elsewhere)
     return known
 
 
@@ -181,15 +186,15 @@ def _digest(order: list[Any] | None) -> str:
 
 
 def _told(
-    batches: Mapping[int, BatchScores], entry: Entry | None, loader: Any, order: list[Any] | None, title: str
+    results: Results, entry: Entry | None, loader: Any, order: list[Any] | None, title: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """All results in the loader's order; rank 0 puts them in the cache and tells what has no score."""
-    if not batches:
+    if not results:
         raise ValueError(f"the loader{title and f' of {title}'} gives no batches; expected images to score")
     main = ranks.rank() == 0
     if main and entry:
-        entry.complete(batches)
-    result = BatchScores.concatenated(batches[number] for number in sorted(batches))
+        entry.complete(results)
+    result = results.all
     if result.unreadable and (main or not len(result.pred)):  # with no image left this is an error, on every rank
         file = entry.beside("unreadable.tsv") if main and entry else None
         record(result.unreadable, len(result.pred) + len(result.unreadable), file)
@@ -229,9 +234,15 @@ def _scored(score: Scorer, batch: Batch, device: torch.device) -> tuple[Tensor, 
     return pred, values, label
 
 
-def _scores(results: tuple[Tensor, ...], batch: Batch) -> BatchScores:
-    pred, values, label = map(_on_host, results)
-    return BatchScores(pred, values, label, batch.unreadable, batch.contents)
+def _fetched(results: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors (n,) on the CPU: those of one device and dtype in one transfer, as each makes the host wait."""
+    fetched = [each.detach() for each in results]
+    for kind in {(each.device, each.dtype) for each in fetched if each.device.type != "cpu"}:
+        there = [number for number, each in enumerate(fetched) if (each.device, each.dtype) == kind]
+        parts = torch.cat([fetched[number] for number in there]).cpu()
+        for number, part in zip(there, torch.split(parts, [len(fetched[n]) for n in there]), strict=True):
+            fetched[number] = part
+    return fetched
 
 
 def _again(
@@ -239,11 +250,14 @@ def _again(
 ) -> list[BatchScores]:
     """Batches that were scored before, loaded and scored anew."""
     batches = some_of(loader, order, numbers, device, unreadable)
-    return [_scores(_scored(score, batch, device), batch) for batch in batches]
+    mine = _Mine(None)
+    for number, batch in enumerate(batches):
+        mine.add(number, _scored(score, batch, device), batch)
+    mine.settle()
+    return [mine.batches[number] for number in sorted(mine.batches)]
 
 
-def _on_host(values: Tensor) -> npt.NDArray[Any]:
-    values = values.detach().cpu()
+def _as_array(values: Tensor) -> npt.NDArray[Any]:
     if not values.is_floating_point():
         return values.numpy().astype(np.int64)
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16

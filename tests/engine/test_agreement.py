@@ -44,6 +44,40 @@ class WeightedOpenly(Block):
         return y.detach().square() + weights * (y - y.detach())
 
 
+class Squared(nn.Module):
+    """Something that torch's function mode cannot see into once it is scripted or traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.register_buffer("gain", torch.full((), 0.5))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return F.relu(self.conv(y)) * self.gain
+
+
+class Residual(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: nn.Module = Squared()
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.inner(y)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda module: torch.jit.trace(module, module.conv.weight)])
+@pytest.mark.parametrize("options", [{"variant": "Z", "steps": 3}, {"variant": "A", "feature": "feature"}])
+def test_torchscript_inside(compiled: Callable[[nn.Module], nn.Module], options: dict[str, Any]) -> None:
+    """A network with a submodule that no hook can be set on."""
+    net, x = prepared(Residual)
+    net.inner = compiled(net.inner)
+    detector = SandI(net, step_size=STEP, **options)
+    tau = detector(x)[1]
+    right = Reference(net, x, detector.split_names, Options(step_size=STEP, **options)).tau()
+    torch.testing.assert_close(tau, right, rtol=1e-9, atol=0)
+
+
 class Open(Block):
     """A convolution and a norm, checkpointed by its subclasses."""
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 from tests.helpers.cases import prepared
-from tests.helpers.trap_networks import InPlaceResidual
+from tests.helpers.oracle import Options, Reference
+from tests.helpers.trap_networks import Block, InPlaceResidual
 
 
 def clamps(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -35,3 +36,27 @@ def test_what_a_hook_changes_counts_in_every_batch(hook: Callable[..., Any], var
     detector = SandI(net, variant=variant)
     for batch in (0.1 * x, 5 * x, x):
         torch.testing.assert_close(detector(batch)[1], SandI(net, variant=variant)(batch)[1], rtol=1e-12, atol=0)
+
+
+def doubles_gradients(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return (2 * inputs[0],)
+
+
+def looks_at_gradients(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    float(inputs[0].mean())
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
+@pytest.mark.parametrize("options", [{"variant": "Z", "rectifier_shortcut": False}, {"variant": "A"}], ids=["Z", "A"])
+@pytest.mark.parametrize("layer", ["stem", "norm0", "norm1"])
+@pytest.mark.parametrize("hook", [doubles_gradients, looks_at_gradients])
+def test_backward_hooks_are_part_of_the_gradient(hook: Callable[..., Any], layer: str, options: dict[str, Any]) -> None:
+    """Those of the first layers too, whose inputs are images and have no gradient."""
+    net, x = prepared(Block)
+    net.get_submodule(layer).register_full_backward_hook(hook)
+    detector = SandI(net, **options)
+    tau = detector(x)[1]
+    # to the reference hooks come as in training, where the images' gradient is asked for as well
+    asked = Options(options["variant"], feature=detector.feature_name or "")
+    right = Reference(net, x.clone().requires_grad_(), detector.split_names, asked).tau()
+    torch.testing.assert_close(tau, right.detach(), rtol=1e-9, atol=0)

@@ -43,6 +43,26 @@ def test_one_normalisation_layer_in_train_mode_is_refused() -> None:
     raises(net, x, r"norm1.*|eval\(\)")
 
 
+class Narrow(nn.Module):
+    """Its gradients are not zero where the first norm's values lie between 0 and 0.001: no step of 0.5 stays there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head((1e3 * self.norm(x)).clamp(0, 1).mean((2, 3)))
+        return logits
+
+
+def test_intersections_that_are_empty_are_told_from_gradients_that_are_zero() -> None:
+    net, x = Narrow().double().eval(), torch.linspace(1e-4, 9e-4, 3).double().view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    options = {"variant": "Z", "splits": ["norm"], "step_size": 0.5}
+    raises(net, x, "intersection.*non-zero gradient at all of the 2 steps", combine="intersection", **options)
+    raises(net, x + 1, "every gradient of the network is zero", combine="intersection", **options)
+    assert (SandI(net, **options)(x)[1] > 0).all()
+
+
 def test_a_network_without_split_points_is_refused() -> None:
     net, x = prepared(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)))
     raises(net, x, "split")

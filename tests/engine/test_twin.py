@@ -311,14 +311,14 @@ class CountingKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_to_do_costs_one_copy_of_the_buffers(trained: tuple[nn.Module, Tensor]) -> None:
+def test_nothing_to_do_costs_two_copies_of_the_buffers(trained: tuple[nn.Module, Tensor]) -> None:
     net, x = trained
     twin = Twin(net)
     with twin.use() as module:
         module(x)
     with CountingKernels() as kernels, CountingCalls() as calls, twin.use() as again:
         pass
-    assert again is module and (calls.calls, kernels.calls) == (0, 1)
+    assert again is module and (calls.calls, kernels.calls) == (0, 2)
 
 
 def _by_data(net: nn.Module, x: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,11 +146,10 @@ class _Listing(TorchFunctionMode):
 def _shapes(net: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[list[tuple[int, ...]], dict[str, int]]:
     """The shape of each activation's input, and {module: how many there are when it returns for the last time}."""
     ends: dict[str, int] = {}
-    listing, thread = _Listing(), threading.get_ident()
+    listing = _Listing()
 
     def returned(name: str, _: Tensor, __: Tensor) -> None:
-        if threading.get_ident() == thread:
-            ends[name] = len(listing.shapes)
+        ends[name] = len(listing.shapes)
 
     with torch.no_grad(), hooked({name: net.get_submodule(name) for name in names}, returned), listing:
         net(x)

@@ -14,6 +14,7 @@ from openood_sandi.detectors.sandi.intervals import IntervalDensity
 from openood_sandi.detectors.sandi.readable import ReadableNetworks, SpotChecks
 from openood_sandi.detectors.sandi.shortcut import ComputedDensities
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.walk import LossPlan, Walk
 
 __all__ = ["BoundedScores", "Bounds"]
@@ -118,7 +119,8 @@ class BoundedScores:
         """
         if self._network.is_plain or math.isfinite(self._attack.epsilon):
             return None
-        key, readable = self._readable.at(x)
+        look = self._readable.at(x)
+        readable = look.readable
         if readable is None:
             return None
         ends = IntervalDensity(readable.rectified, readable.ways, readable.reach, self._attack, self._combine)
@@ -127,8 +129,11 @@ class BoundedScores:
             return None
         pred, finite = logits.argmax(1), logits.isfinite().all(1)
         first, clean = ends.first(logits)
-        if not self._checks.agree(x, first, torch.where(finite & clean, pred, -1), key):
-            self._readable.reject(key)
+        *sums, classes = fetch(*look.weights.sums, torch.where(finite & clean, pred, -1))
+        if self._readable.has_changed(look, sums):
+            return self(x)
+        if not self._checks.agree(x, first, classes.tolist(), look.key):
+            self._readable.reject(look.key)
             return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
         low, high = (score(each, dtype).masked_fill(~finite, math.nan) for each in ends.densities())

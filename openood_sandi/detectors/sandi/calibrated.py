@@ -34,6 +34,7 @@ from openood_sandi.detectors.sandi.calibrated_summary import Summaries, Summary
 from openood_sandi.detectors.sandi.decision_boundaries import fdbd
 from openood_sandi.detectors.sandi.share_prototypes import ShareSums, distance
 from openood_sandi.engine import checks
+from openood_sandi.engine.devices import Moved
 
 __all__ = ["INFO", "SandIC"]
 
@@ -77,6 +78,8 @@ class SandIC(Detector):
         feature_mean: the mean of h over training images (D,); empty without a linear last layer.
         statistics: mean and standard deviation (2,) over ID images, by quantity. Options other than ``stages`` can be
             changed without another fit.
+        z_gate, floor: q for Z where it is not D's, and the least that b^ counts; ``benchmarks/choose_constants.py``
+            tries others.
 
     Raises:
         ValueError: an option is out of range; at the first batch, if the network calls no activation on maps.
@@ -101,7 +104,9 @@ class SandIC(Detector):
                 raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, choices))}")
         self.options = {"base": base, "gate": gate, "use_z": use_z, "stages": stages}
         self.base, self.gate, self.use_z = base, gate, use_z
-        self._net, self._stages = checks.eager_network(net), Stages(stages)
+        self.z_gate: float | None = None
+        self.floor = FLOOR
+        self._net, self._stages, self._moved = checks.eager_network(net), Stages(stages), Moved()
         self._start()
 
     @property
@@ -164,19 +169,22 @@ class SandIC(Detector):
             fitted = f"prototypes are of {', '.join(self.prototypes)}" if self.prototypes else "no prototypes"
             raise RuntimeError(f"{fitted}, expected those of {', '.join(self._found.stages)}: call fit first")
         values = self._values(summary)
-        score = self._base(values).clamp_min(FLOOR)
-        for name in ("d", "z") if self._z_counts else ("d",):
-            score += (self._standard(name, values[name]) - self.gate).clamp_min(0)
+        score = self._base(values).clamp_min(self.floor)
+        z_gate = self.gate if self.z_gate is None else self.z_gate
+        for name, gate in [("d", self.gate), *([("z", z_gate)] if self._z_counts else [])]:
+            score += (self._standard(name, values[name]) - gate).clamp_min(0)
         scores: Tensor = score.masked_fill(summary.max_logit.isnan(), math.nan)
         return scores
 
     def _values(self, summary: Summary) -> dict[str, Tensor]:
         """Both m, D, Z and, with a linear last layer, f, larger for OOD, (B,) each in float64."""
-        prototypes = [self.prototypes[stage] for stage in self._found.stages]
+        stages = self._found.stages
+        prototypes = [self._moved.to(stage, self.prototypes[stage], summary.max_logit) for stage in stages]
         found = {"max_logit": summary.max_logit, "energy": summary.energy}
         found |= {"d": distance(self._by_stage(summary.shares), prototypes), "z": summary.z}
         if len(self.feature_mean):
-            found["fdbd"] = fdbd(summary.boundaries, summary.feature, self.feature_mean.to(summary.feature.device))
+            mean = self._moved.to("feature_mean", self.feature_mean, summary.boundaries)
+            found["fdbd"] = fdbd(summary.boundaries, summary.feature, mean)
         return found
 
     def _base(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from openood_sandi.detectors.sandi.activation_shares import ActivationPass, activation_pass
 from openood_sandi.detectors.sandi.activation_stages import Stages, find_activations
 from openood_sandi.detectors.sandi.decision_boundaries import DecisionBoundaries
+from openood_sandi.engine.devices import exact_device, fetch
 
 __all__ = ["Summaries", "Summary"]
 
@@ -19,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Summary(NamedTuple):
-    """A row an image.
+    """A row an image, on the images' device if that has float64, and on the CPU otherwise.
 
     Attributes:
         pred: predicted classes (B,) int64.
@@ -60,7 +62,7 @@ class Summaries:
     def __init__(self, net: nn.Module, x: Tensor, stages: Stages) -> None:
         self._net = net
         self._activations = find_activations(net, x, stages)
-        first = activation_pass(net, x[:1], self._activations.axes_of_ends)
+        first = _exact(activation_pass(net, x[:1], self._activations.axes_of_ends))
         self.classes = first.logits.shape[1]
         self.stages = tuple(self._activations.ends)
         self.widths = [first.counts[j].shape[1] for j in self._activations.ends.values()]
@@ -70,7 +72,7 @@ class Summaries:
     def __call__(self, x: Tensor, with_z: bool = True) -> Summary:
         """The summary of images ``x`` (B, C, H, W); without Z, which is zero then, it is quicker."""
         activations = self._activations
-        found = activation_pass(self._net, x, activations.axes if with_z else activations.axes_of_ends)
+        found = _exact(activation_pass(self._net, x, activations.axes if with_z else activations.axes_of_ends))
         logits, feature = found.logits.double(), found.logits.new_zeros(len(x), 0)
         largest, pred = logits.max(1)
         boundaries = torch.zeros_like(largest)
@@ -81,6 +83,16 @@ class Summaries:
         z = torch.cat(list(shares.values()), 1).double().square().sum(1) if with_z else torch.zeros_like(largest)
         max_logit = (-largest).masked_fill(~logits.isfinite().all(1), torch.nan)
         return Summary(pred, max_logit, -logits.logsumexp(1), boundaries, feature, stages, z)
+
+
+def _exact(found: ActivationPass) -> ActivationPass:
+    """The same on the CPU, in one transfer, where the images' device has no float64."""
+    if exact_device(found.logits.device) == found.logits.device:
+        return found
+    logits, *moved = fetch(found.logits, *found.counts.values(), *(found.feature or ()))
+    counts = dict(zip(found.counts, moved, strict=False))
+    feature = None if found.feature is None else (moved[-3], moved[-2], moved[-1])
+    return replace(found, logits=logits, counts=counts, feature=feature)
 
 
 def _shares(found: ActivationPass) -> dict[int, Tensor]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.devices import Moved
+
 __all__ = ["DecisionBoundaries", "fdbd"]
 
 
@@ -28,13 +30,16 @@ class DecisionBoundaries:
         rows = weight.detach().double()
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # equal rows at exactly 0
         self._inverse = torch.where(apart > 0, 1 / apart, 0.0)
-        self._others = (apart > 0).sum(1).clamp_min(1)
+        self._others = (apart > 0).sum(1).clamp_min(1).double()
+        self._moved = Moved()  # the network may be taken to another device
 
     def distance(self, logits: Tensor) -> Tensor:
         """The mean distance (B,) to the boundaries of the predicted class, float64, from logits (B, C)."""
-        inverse, others = self._inverse.to(logits.device), self._others.to(logits.device)
-        values, y = logits.double().max(1)
-        distances: Tensor = ((values[:, None] - logits.double()) * inverse[y]).sum(1) / others[y]
+        logits = logits.double()
+        inverse = self._moved.to("inverse", self._inverse, logits)
+        others = self._moved.to("others", self._others, logits)
+        values, y = logits.max(1)
+        distances: Tensor = ((values[:, None] - logits) * inverse[y]).sum(1) / others[y]
         return distances
 
 

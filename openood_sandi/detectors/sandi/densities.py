@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from openood_sandi.engine.devices import exact_dtype
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
@@ -17,11 +18,6 @@ __all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "count", "scor
 def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """tau = sqrt(sum_{j,k} E_{j,k}^2), Eq. 14: (B,) in ``dtype`` from (B, K_j) for each split j."""
     return torch.cat(list(densities.values()), dim=1).square().sum(dim=1).sqrt().to(dtype)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """The dtype that sums over channels are taken in, so that they do not depend on the order of summation."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def count(mask: Tensor) -> Tensor:
@@ -38,7 +34,7 @@ def count(mask: Tensor) -> Tensor:
 def shares(counts: Mapping[Site, Tensor], of: Mapping[Site, int]) -> dict[str, Tensor]:
     """{split name: (B, K)}, in [0, 1]: ``counts`` (B, K) as shares ``of`` so many, correctly rounded."""
     # converted all at once, as there can be a hundred splits
-    every = torch.cat(list(counts.values()), 1).to(_exact(next(iter(counts.values())).device))
+    every = torch.cat(list(counts.values()), 1).to(exact_dtype(next(iter(counts.values())).device))
     parts = torch.split(every, [each.shape[1] for each in counts.values()], 1)
     return {site.name: part.div_(of[site]) for site, part in zip(counts, parts, strict=True)}
 
@@ -122,7 +118,7 @@ class ChannelAverage(Observer):
 
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, not negative."""
-        exact = _exact(self._sums[self._feature.site].device)
+        exact = exact_dtype(self._sums[self._feature.site].device)
         mean = {site: (total.to(exact) / self._steps).abs() for site, total in self._sums.items()}
         output = mean[self._feature.site].sqrt()
         if self._denominator == "mean":

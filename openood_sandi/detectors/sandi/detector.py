@@ -152,7 +152,8 @@ class SandI(Detector):
         if not self._told_unread:
             self._tell_unread()
         if not self._told_apart:
-            self._told_apart = tells_apart(x, tau, self, self._choice.reads_few_zeros)
+            why_zero = partial(self._why_zero, x)
+            self._told_apart = tells_apart(x, tau, self, self._choice.reads_few_zeros, why_zero)
         return Score(pred, tau)
 
     def _scored(self, summary: Score) -> Tensor:
@@ -301,6 +302,16 @@ class SandI(Detector):
 
     def _input_ascent(self) -> Callable[[Tensor], Loss] | None:
         return None if self.splitting else partial(loss_on_logits, self.ascent)
+
+    def _why_zero(self, x: Tensor) -> str:
+        """Why all scores are zero though gradients are not; empty where these are."""
+        if self.variant != "Z" or self.combine != "intersection" or not self._network.over(x, self._z.reads_any, any):
+            return ""
+        return (
+            "combine='intersection' scores every image of the first batch 0: no position has a non-zero gradient at "
+            f"all of the {self.attack.steps} steps, though there are such gradients; take combine='count' or 'union', "
+            "fewer steps or a smaller step_size"
+        )
 
     def _tell_unread(self) -> None:
         """Warns, once, of options that were set and that the variant does not read."""

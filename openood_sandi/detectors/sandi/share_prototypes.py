@@ -54,8 +54,9 @@ class ShareSums:
         rows = torch.where(rows < 0, unlabelled, rows)
         self._images += torch.bincount(rows, minlength=len(self._images))
         self._sums = self._sums or [e.new_zeros(len(self._images), e.shape[1], dtype=torch.double) for e in shares]
+        rows = rows.to(shares[0].device, non_blocking=True)
         for total, e in zip(self._sums, shares, strict=True):
-            total.index_add_(0, rows.to(e.device), F.normalize(e.double(), dim=1))
+            total.index_add_(0, rows, F.normalize(e.double(), dim=1))
 
     def prototypes(self) -> list[Tensor]:
         """(P, K_j) for each layer on the CPU: a row for each class with images, or one in all.
@@ -80,8 +81,8 @@ class ShareSums:
 
 
 def distance(shares: Sequence[Tensor], prototypes: Sequence[Tensor]) -> Tensor:
-    """D = - sum_j max_c cos(E_j, P_cj), (B,) in float64, from (B, K_j) and (P, K_j) for each layer."""
-    cosines = [F.normalize(e.double(), dim=1) @ p.to(e.device).T for e, p in zip(shares, prototypes, strict=True)]
+    """D = - sum_j max_c cos(E_j, P_cj), (B,) in float64, from (B, K_j) and (P, K_j) for each layer, on one device."""
+    cosines = [F.normalize(e.double(), dim=1) @ p.T for e, p in zip(shares, prototypes, strict=True)]
     return -torch.stack([cosine.amax(1) for cosine in cosines]).sum(0)
 
 

@@ -19,6 +19,7 @@ from openood_sandi.detectors.sandi.reach import Margins
 from openood_sandi.detectors.sandi.readable import Readable, ReadableNetworks, SpotChecks
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier
 from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import fetch, rows_where
 from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.walk import LossPlan, Observer, Walk
@@ -141,10 +142,10 @@ class SteppedDensity(ReadDensity):
         return False
 
     def _proved_sites(self) -> frozenset[Site]:
-        """The splits that are proved for every image of the batch; found with one look at the device."""
+        """The splits that are proved for every image of the batch; none on a GPU, where to look would be to wait."""
         proved = {site: self._margins.proved(site) for site in self._reach.bounds}
         told = [each for each in proved.values() if each is not None]
-        if self.lost or not told:
+        if self.lost or not told or told[0].device.type != "cpu":
             return frozenset()
         certain = torch.stack(told).all(1).tolist()
         return frozenset(site for site, known in zip(proved, certain, strict=True) if known)
@@ -198,22 +199,29 @@ class ShortcutDensities:
         if self._network.is_plain:
             return self._computed(x)
         self._seen += len(x)
-        key, readable = self._readable.at(x)
-        if readable is None or self._to_compute:
+        look = self._readable.at(x)
+        if look.readable is None or self._to_compute:
             self._to_compute = max(0, self._to_compute - 1)
             return self._computed(x)
-        logits, found, unproved = self._masks(x, readable)
+        logits, found, unproved = self._masks(x, look.readable)
         if found is None:
             return self._computed(x)
         finite = logits.isfinite().all(1)
-        if not self._checks.agree(x, found, torch.where(finite & ~unproved, logits.argmax(1), -1), key):
-            self._readable.reject(key)
+        proved = torch.where(finite & ~unproved, logits.argmax(1), -1)
+        to_compute = unproved & finite
+        # asked for at once: on a GPU, to ask is to wait
+        *sums, classes, unproved, count = fetch(*look.weights.sums, proved, unproved, to_compute.sum())
+        if self._readable.has_changed(look, sums):
+            self._seen -= len(x)
+            return self(x)
+        if not self._checks.agree(x, found, classes.tolist(), look.key):
+            self._readable.reject(look.key)
             return self._computed(x)
         proves_little = 2 * int(unproved.sum()) > len(x)
         self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
-        rows = (unproved & finite).nonzero()[:, 0]
-        self._proved += len(x) - len(rows)
-        if len(rows):
+        self._proved += len(x) - int(count)
+        if count:
+            rows = rows_where(to_compute, int(count))
             for name, density in self._computed(x[rows])[1].items():
                 found[name][rows] = density
         return logits, found

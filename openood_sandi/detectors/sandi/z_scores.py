@@ -49,6 +49,7 @@ class ZScores:
         # a saturated cross-entropy has g = 0 anywhere
         self._reads = reads and input_ascent is None and attribution == "max_logit"
         self._splits: tuple[Split, ...] = ()
+        self._walk: Walk | None = None
         self._exact: Callable[[Tensor], Densities] | None = None
         self._bounded: BoundedScores | None = None
         self.told = Told()
@@ -69,13 +70,20 @@ class ZScores:
         self._prepare()
         return None if self._bounded is None else self._bounded(x)
 
+    def reads_any(self, x: Tensor) -> bool:
+        """Whether any gradient along the paths from images (B, C, H, W) is not zero anywhere."""
+        self._prepare()
+        assert self._walk is not None
+        _, densities = ComputedDensities(self._network, self._walk, "union")(x)
+        return any(bool(density.any()) for density in densities.values())
+
     def _prepare(self) -> None:
         if self._exact is not None and self._splits is self._network.splits:
             return
         self._splits = self._network.splits
         plan = partial(LogitsPlan, self._splits)
-        walk = Walk(plan(*self._losses), self._attack, None, self._input_ascent)
-        self._exact = computed = ComputedDensities(self._network, walk, self._combine)
+        self._walk = Walk(plan(*self._losses), self._attack, None, self._input_ascent)
+        self._exact = computed = ComputedDensities(self._network, self._walk, self._combine)
         if self._reads:
             readable, steps = ReadableNetworks(self._network, self._attack), plan(None, self._losses[1])
             self._exact = ShortcutDensities(computed, steps, readable)
