@@ -47,10 +47,6 @@ class Call:
     def name(self) -> str:
         return name_of(self.func)
 
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """The argument at ``place`` or, where it was given by keyword, called ``name``."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
     def rerun(self, values: Mapping[int, Tensor]) -> Any:
         """The call's result with ``values`` by tape position in place of what it was computed from."""
         args, kwargs = lanes.map_tensors((self.args, self.kwargs), lambda p: values[p.by], Produced)

@@ -127,6 +127,7 @@ def test_a_suffix_that_dies_after_the_step_is_not_proved(value: float) -> None:
         net[2].weight.fill_(1.0)
         net[2].bias.fill_(-1.0)
         net[6].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        net[6].bias.zero_()
     net = net.double().eval()
     x = torch.full((2, 1, 2, 2), value, dtype=torch.float64)
     bounds = require_inside(net, x)
@@ -261,7 +262,7 @@ def network_and_threshold(call: Callable[[], nn.Module] = Plain) -> tuple[nn.Mod
 
 
 def test_decisions_are_those_of_tau() -> None:
-    net, x, threshold = network_and_threshold(lambda: Plain(width=8))
+    net, x, threshold = network_and_threshold(lambda: Plain(width=3))
     expected = exact(net)(x)[1] > threshold
     detector = SandI(net, variant="Z")
     detector.threshold = threshold
@@ -275,7 +276,7 @@ def test_decisions_are_those_of_tau() -> None:
 
 def test_only_what_is_open_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those above the threshold that are not proved, all of which fit into one batch."""
-    net, x, threshold = network_and_threshold(lambda: Plain(width=8))
+    net, x, threshold = network_and_threshold(lambda: Plain(width=3))
     expected = exact(net)(x)[1] > threshold
     detector = SandI(net, variant="Z")
     detector.threshold = threshold

@@ -115,26 +115,29 @@ class BoundedScores:
     def __call__(self, x: Tensor) -> Bounds | None:
         """Of images (B, C, H, W); None where nothing can be read, and all has to be computed.
 
-        An L2 ball (Eq. 4) makes steps of other lengths: there is nothing to read then.
+        An L2 ball (Eq. 4) makes steps of other lengths: there is nothing to read then. What needs no gradients but g_1
+        is not bounded either, but read as it is.
         """
-        if self._network.is_plain or math.isfinite(self._attack.epsilon):
+        if self._network.is_plain or math.isfinite(self._attack.epsilon) or self._attack.steps == 1:
             return None
         look = self._readable.at(x)
         readable = look.readable
-        if readable is None:
+        if readable is None or not readable.ways:
+            return None
+        if self._combine == "union" and not readable.rectified.has_max_pool:
             return None
         ends = IntervalDensity(readable.rectified, readable.ways, readable.reach, self._attack, self._combine)
         logits = self._network.walk(x, Walk(self._steps_alone), ends, ())
         if ends.lost:
             return None
         pred, finite = logits.argmax(1), logits.isfinite().all(1)
-        first, clean = ends.first(logits)
-        *sums, classes = fetch(*look.weights.sums, torch.where(finite & clean, pred, -1))
+        proved = ends.proved(logits)
+        *sums, classes = fetch(*look.weights.sums, torch.where(finite & proved, pred, -1))
         if self._readable.has_changed(look, sums):
             return self(x)
-        if not self._checks.agree(x, first, classes.tolist(), look.key):
+        if not self._checks.agree(x, ends.first(), classes.tolist(), look.key):
             self._readable.reject(look.key)
             return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
         low, high = (score(each, dtype).masked_fill(~finite, math.nan) for each in ends.densities())
-        return Bounds(pred, low, high, ends.proved(logits) | ~finite)
+        return Bounds(pred, low, high, proved | ~finite)

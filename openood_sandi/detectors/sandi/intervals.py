@@ -8,8 +8,8 @@ and which may be (:mod:`.ways`). Counted, with M_1 = P_i unless a max-pool follo
     union:         M_1                       to     P_T
 
 What is counted on the right is a bound in any case: a unit that its rectifier cuts off has no gradient. What is counted
-on the left is one where every unit that is on has a gradient, which is proved for some images (:mod:`.rectifiers` at
-z^0, :mod:`.reach` at z^{i-1}), and not for others.
+on the left is one where every unit that is on has a gradient, which is proved for some images (:mod:`.reach`) and not
+for others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 from openood_sandi.detectors.sandi.densities import NonZeroDensity, count, shares
 from openood_sandi.detectors.sandi.reach import Margins, Reach
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
-from openood_sandi.detectors.sandi.shortcut import ReadDensity
 from openood_sandi.detectors.sandi.ways import Way, ends_of, narrowed
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Site
@@ -46,8 +45,6 @@ class _Steps:
     @classmethod
     def of(cls, combine: str, steps: int) -> _Steps:
         none, last, later = range(0), range(steps, steps + 1), range(2, steps + 1)
-        if steps == 1:
-            return cls(none, none, 1, 1)
         if combine == "count":
             return cls(later, later, 1, 1)
         return cls(last, none, 0, 1) if combine == "intersection" else cls(none, last, 1, 0)
@@ -72,30 +69,28 @@ class IntervalDensity(Observer):
         self._rectified, self._ways, self._attack = rectified, ways, attack
         self._count_over = combine == "count"
         self._steps = _Steps.of(combine, attack.steps)
+        self.lost = False
+        """Whether the network makes other calls than those that the rectifiers were found in."""
         self._first = NonZeroDensity([way.split for way in ways], 1, "count")
-        self._read = ReadDensity(rectified, self._first, forward_suffices=True)
-        self._margins = None if reach.unbounded or not self._steps.sure else Margins(reach, rectified)
+        self._margins = None if reach.unbounded else Margins(reach, rectified)
         self._sure: dict[Site, Tensor] = {}
         self._possible: dict[Site, Tensor] = {}
+        self._at: dict[int, list[Site]] = defaultdict(list)
         self._due: dict[int, list[Way]] = defaultdict(list)
         self._wanted: dict[int, int] = {}
         """Positions of results that ways start from or take, and until which position."""
         self._copied: set[int] = set()
         self._kept: dict[int, Tensor] = {}
-        for way in ways if attack.steps > 1 else ():
+        for way in ways:
+            self._at[way.rectifier.position].append(way.split.site)
             self._due[way.known_at if way.calls else way.rectifier.position].append(way)
             for position in (way.position, *way.beside) if way.calls else ():
                 self._wanted[position] = max(self._wanted.get(position, 0), way.known_at)
                 if not way.is_kept:  # the network may write over it before
                     self._copied.add(position)
 
-    @property
-    def lost(self) -> bool:
-        """Whether the network makes other calls than those that the rectifiers were found in."""
-        return self._read.lost
-
     def call(self, position: int, name: str, result: Any) -> None:
-        self._read.call(position, name, result)
+        self.lost = self.lost or self._rectified.call_names[position : position + 1] != (name,)
         if self.lost or not isinstance(result, Tensor):
             return
         result = result.detach()
@@ -103,6 +98,10 @@ class IntervalDensity(Observer):
             self._margins.call(position, result)
         if position in self._wanted:
             self._kept[position] = result.clone() if position in self._copied else result
+        if position in self._at:
+            mask = self._rectified.rectifiers[position].open_(result)
+            for site in self._at[position]:
+                self._first.pattern(site, mask)
         for way in self._due.get(position, ()):
             if way.calls or way.rectifier.pool is not None:
                 start = self._kept[way.position] if way.calls else result
@@ -150,16 +149,14 @@ class IntervalDensity(Observer):
                 high[site] = high[site] + len(steps.possible) * first[site]
         return shares(low, of), shares(high, of)
 
-    def first(self, logits: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """{split name: E (B, K)} of T = 1, and of which images (B,) it is proved, from their logits (B, classes)."""
-        return self._first.densities(), ~self._read.unproved(logits)
+    def first(self) -> dict[str, Tensor]:
+        """{split name: E (B, K)} of T = 1, where all that is on has a gradient."""
+        return self._first.densities()
 
     def proved(self, logits: Tensor) -> Tensor:
         """(B,): the images of which the lower end is a bound, from their logits (B, classes)."""
-        proved = ~self._read.unproved(logits)
-        if not self._steps.sure:  # it is that of g_1
-            return proved
         alive = None if self._margins is None else self._margins.proved_everywhere()
-        if alive is None:
-            return torch.zeros_like(proved)
-        return proved & alive & self._rectified.open_rows.all()  # a step may change the class
+        rows = self._rectified.open_rows
+        if alive is None or rows is None:
+            return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        return alive & rows.all()  # of any class, as a step may change it

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openood_sandi.detectors.sandi.call_graph import argument
 from openood_sandi.engine.recorded import Call
 
 __all__ = ["clearance", "may_win", "surely_wins"]
@@ -57,11 +58,11 @@ class _Windows:
     """The windows of a max-pool over maps of the shape of ``maps`` (N, K, H, W)."""
 
     def __init__(self, maps: Tensor, pool: Call) -> None:
-        self._kernel = _pair(pool.argument(1, "kernel_size"))
-        self._stride = _pair(pool.argument(2, "stride") or self._kernel)
-        self._padding = _pair(pool.argument(3, "padding", 0))
-        self._dilation = _pair(pool.argument(4, "dilation", 1))
-        ceil = bool(pool.argument(5, "ceil_mode", False))
+        self._kernel = _pair(argument(pool, 1, "kernel_size", None))
+        self._stride = _pair(argument(pool, 2, "stride", None) or self._kernel)
+        self._padding = _pair(argument(pool, 3, "padding", 0))
+        self._dilation = _pair(argument(pool, 4, "dilation", 1))
+        ceil = bool(argument(pool, 5, "ceil_mode", False))
         options = (self._kernel, self._stride, self._padding, self._dilation, ceil)
         out = F.max_pool2d(maps[:1, :1], *options).shape[2:]
         self._size = maps.shape[2:]

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openood_sandi.detectors.sandi.call_graph import argument, weight_of
 from openood_sandi.detectors.sandi.pooling import clearance
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier
 from openood_sandi.detectors.sandi.ways import Way
@@ -61,7 +62,12 @@ class Reach:
 
 
 def reach_of(found: RecordedNetwork, rectified: RectifiedNetwork, ways: Sequence[Way], attack: Attack) -> Reach:
-    """How far the steps of an attack on the splits reach, from a recorded pass of the network."""
+    """How far the steps of an attack on the splits reach, from a recorded pass of the network.
+
+    Nobody asks where counts of open channels prove nothing: there all are unbounded.
+    """
+    if rectified.open_rows is None:
+        return Reach({}, frozenset(rectified.places), {}, attack.step_size)
     distance = (attack.steps - 1) * attack.step_size * (1 + _STEP_ROUNDING)
     bounds: dict[Site, dict[int, float]] = {}
     unbounded: set[Site] = set()
@@ -111,18 +117,18 @@ def _through(call: Call, change: Mapping[int, Tensor]) -> Tensor | None:
         return None
     if call.name in ("conv2d", "linear"):
         names = ("stride", "padding", "dilation", "groups") if call.name == "conv2d" else ()
-        options = {name: call.argument(3 + k, name) for k, name in enumerate(names)}
+        options = {name: argument(call, 3 + k, name, None) for k, name in enumerate(names)}
         given = {name: value for name, value in options.items() if value is not None}
-        weight: Tensor = call.argument(1, "weight").abs()
+        weight = weight_of(call).abs()
         return F.conv2d(x, weight, None, **given) if call.name == "conv2d" else F.linear(x, weight)
     if call.name == "batch_norm":
-        variance, scale = call.argument(2, "running_var"), call.argument(3, "weight")
-        slope = (variance + call.argument(7, "eps", 1e-5)).rsqrt()
+        variance, scale = argument(call, 2, "running_var", None), argument(call, 3, "weight", None)
+        slope = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
         slope = slope if scale is None else slope * scale.abs()
         return x * torch.as_tensor(slope).view(1, -1, *[1] * (x.dim() - 2))
     if call.name in ("flatten", "view", "reshape"):
         return x.reshape(1, *call.result.shape[1:])
-    if call.name == "avg_pool2d" and call.argument(6, "divisor_override") is not None:
+    if call.name == "avg_pool2d" and argument(call, 6, "divisor_override", None) is not None:
         return None
     if call.name in ("avg_pool2d", "adaptive_avg_pool2d", "mean", "max_pool2d", "pad", "__getitem__"):
         result = call.rerun({call.producers[0]: x})

@@ -34,7 +34,7 @@ class Readable:
 
     Attributes:
         rectified: its rectifiers.
-        ways: from every split to its rectifier.
+        ways: from every split to its rectifier; none where some split feeds none, or more than that.
         reach: how far the steps of the splits reach.
     """
 
@@ -98,7 +98,7 @@ class ReadableNetworks:
         rectified = rectified_network(found, splits)
         if rectified is None:
             return None
-        ways = ways_of(found, rectified, splits)
+        ways = ways_of(found, rectified, splits) if len(rectified.gates) == len(splits) else ()
         return Readable(rectified, ways, reach_of(found, rectified, ways, self._attack))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openood_sandi.detectors.sandi.alive_density import AliveDensity
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.reach import Margins
 from openood_sandi.detectors.sandi.readable import Readable, ReadableNetworks, SpotChecks
@@ -34,14 +35,12 @@ class ReadDensity(Observer):
     """E of Eq. 11 read off the rectifiers of the passes of a walk.
 
     Args:
-        rectified: the network's rectifiers.
+        rectified: the network's rectifiers, with counts that prove.
         density: takes in the patterns.
-        forward_suffices: whether the pattern of g_1 is all there is to know.
     """
 
-    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, forward_suffices: bool) -> None:
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity) -> None:
         self.density = density
-        self.only_listens = forward_suffices
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
         self._rectified = rectified
@@ -57,15 +56,10 @@ class ReadDensity(Observer):
         rectifier = self._rectified.rectifiers.get(position)
         if rectifier is None or self.lost:
             return
-        result = result.detach()
-        if rectifier.is_plain and self.only_listens and rectifier.needed == 1:
-            mask, through = result.bool(), result.sum(1)  # the quickest to count; no result is negative
-        else:
-            mask = rectifier.mask(result)
-            through = mask.sum(1)
+        mask = rectifier.mask(result.detach())
         for site in self._sites[position]:
             self.density.pattern(site, mask)
-        self._note(through, rectifier)
+        self._note(mask.sum(1), rectifier)
 
     def _note(self, through: Tensor, rectifier: Rectifier) -> None:
         """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
@@ -88,9 +82,8 @@ class ReadDensity(Observer):
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
         rows = self._rectified.open_rows
-        if not self.only_listens:  # a step may change the class
-            rows = rows.all().expand(len(rows))
-        unproved = ~rows[logits.argmax(1)]
+        assert rows is not None
+        unproved = ~rows.all().expand(len(logits))  # of any class, as a step may change it
         for (_, needed), fewest in self._fewest.items():
             least = fewest.reshape(len(fewest), -1).amin(1)
             unproved = unproved | (least <= 0 if needed == 1 else least < needed)
@@ -113,7 +106,7 @@ class SteppedDensity(ReadDensity):
     """
 
     def __init__(self, readable: Readable, density: NonZeroDensity, attack: Attack) -> None:
-        super().__init__(readable.rectified, density, forward_suffices=False)
+        super().__init__(readable.rectified, density)
         self._attack, self._reach = attack, readable.reach
         self._margins = Margins(readable.reach, readable.rectified)
         self._ways = {way.split.site: way for way in readable.ways}
@@ -233,13 +226,18 @@ class ShortcutDensities:
         # what loses to a neighbour may win after the neighbour's step.
         union = self._combine == "union" and not rectified.has_max_pool
         forward_suffices = self._attack.steps == 1 or union
-        density = NonZeroDensity(splits, 1 if union else self._attack.steps, self._combine)
-        if self._attack.steps == 2 and not forward_suffices:
-            read: ReadDensity = SteppedDensity(readable, density, self._attack)
+        density = NonZeroDensity(splits, 1 if forward_suffices else self._attack.steps, self._combine)
+        read: AliveDensity | ReadDensity
+        if forward_suffices:
+            read = AliveDensity(rectified, density, along_paths=self._attack.steps > 1)
+            logits = self._network.walk(x, Walk(self._steps_alone), read, ())
+        elif rectified.open_rows is not None:
+            stepped = self._attack.steps == 2
+            read = SteppedDensity(readable, density, self._attack) if stepped else ReadDensity(rectified, density)
+            logits = self._network.walk(x, Walk(self._steps_alone, self._attack), read)
         else:
-            read = ReadDensity(rectified, density, forward_suffices)
-        walk = Walk(self._steps_alone, Attack(1) if forward_suffices else self._attack)
-        logits = self._network.walk(x, walk, read, () if forward_suffices else splits)
+            return x, None, x
         if read.lost:
-            return logits, None, logits.new_zeros(0, dtype=torch.bool)
-        return logits, density.densities(), read.unproved(logits)
+            return logits, None, logits
+        unproved = read.unproved(logits)
+        return logits, density.densities(), unproved

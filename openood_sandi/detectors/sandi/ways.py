@@ -191,8 +191,7 @@ def _turning_point(bound: float, i: int, step: float, dtype: torch.dtype) -> flo
 
 def ways_of(found: RecordedNetwork, rectified: RectifiedNetwork, splits: Sequence[Split]) -> tuple[Way, ...]:
     """The ways of all ``splits`` to their rectifiers, which a recorded pass has shown to be there."""
-    held = found.positions(splits)
-    return tuple(_way(found.calls, split, held[split.site], rectified) for split in splits)
+    return tuple(_way(found.calls, split, rectified.places[split.site], rectified) for split in splits)
 
 
 def _way(calls: Sequence[Call], split: Split, start: int, rectified: RectifiedNetwork) -> Way:
