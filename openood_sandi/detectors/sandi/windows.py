@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import Where, conjunction, everywhere_as_none
@@ -79,21 +80,15 @@ class Windows:
         partly = (some & ~every).nonzero()[:, 0]
         if not len(partly):
             return found
-        found = where.new_ones(1, len(read), *self.given) if found is None else found
-        found = found.expand(len(where), len(read), -1, -1)
         part = (where if where.shape[1] == 1 else where[:, partly]).expand(-1, len(partly), -1, -1)
-        return everywhere_as_none(found.index_copy(1, partly, self._place_by_place(part, read[partly])))
-
-    def _place_by_place(self, where: Tensor, read: Tensor) -> Tensor:
-        down, right = self._steps
-        line = self._in_line(where)
-        out = torch.zeros_like(line)
-        for i in range(self.kernel[0]):
-            for j in range(self.kernel[1]):
-                offset = i * down + j * right
-                taken = conjunction(line, read[:, i, j, None]).view(-1)
-                out.view(-1)[offset:] |= taken[: len(taken) - offset]
-        return self._as_map(out)
+        ways = F.conv_transpose2d(  # that do not meet a zero
+            part.float(), read[partly, None].float(), stride=self.stride, dilation=self.dilation, groups=len(partly)
+        )
+        bottom, right = (length - size for length, size in zip(self._lengths, ways.shape[2:], strict=True))
+        found = where.new_ones(1, 1, *self.given) if found is None else found
+        found = found.expand(len(where), len(read), -1, -1).contiguous()
+        found[:, partly] = self._without_padding(F.pad(ways > 0.5, (0, right, 0, bottom)))
+        return everywhere_as_none(found)
 
     def through_weights(self, where: Tensor, unclear: Tensor, nonzero: Tensor) -> Tensor:
         """As a call, for some results alone, of a convolution each of whose weights is zero or not.
@@ -114,8 +109,8 @@ class Windows:
                 out[image, :, row, column] |= ways.flatten(1) > 0.5
         return self._without_padding(out)
 
-    # Maps are laid out in lines, each row with its padding and each channel with its own, so that to shift all of them is
-    # to start elsewhere: one pass over one stretch of memory for each place of a window.
+    # Maps are laid out in lines, each row with its padding and each channel with its own, so that to shift all of them
+    # is to start elsewhere: one pass over one stretch of memory for each place of a window.
 
     @property
     def _steps(self) -> Pair:
