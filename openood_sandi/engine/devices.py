@@ -55,12 +55,13 @@ class Moved:
     def to(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the dtype of ``like``.
 
-        It is moved again where another tensor has taken the ``name``, or something was written into it.
+        It is moved again where another tensor has taken the ``name``, or something was written into it; writes into
+        inference tensors are not counted, so these are moved every time.
         """
         if tensor.device == like.device and tensor.dtype == like.dtype:
             return tensor
         source, written, moved = self._kept.get(name, (None, None, tensor))
-        same = source is tensor and written == version(tensor)
+        same = source is tensor and written is not None and written == version(tensor)
         if not same or (moved.device, moved.dtype) != (like.device, like.dtype):
             moved = tensor.to(like)
             self._kept[name] = tensor, version(tensor), moved

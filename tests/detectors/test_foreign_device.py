@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from openood_sandi import PrototypeFusion, SandI, SandIC
-from openood_sandi.engine.devices import fetch, rows_where, take
+from openood_sandi.engine.devices import Moved, fetch, rows_where, take
 from tests.helpers.every_detector import KINDS, TRAINING, images, like, made, network
 from tests.helpers.foreign_device import ForeignDevice, OnDevice, foreign_device, moved
 
@@ -155,6 +155,23 @@ def test_what_is_fetched_at_once_is_what_was_there(device: ForeignDevice) -> Non
     for found, value in zip(fetched, [*values, values[0]], strict=True):
         assert found.dtype == value.dtype and found.shape == value.shape and found.device.type == "cpu"
         assert found.contiguous().view(-1).view(torch.uint8).equal(value.contiguous().view(-1).view(torch.uint8))
+
+
+def test_what_is_moved_once_is_moved_again_where_it_has_changed(device: ForeignDevice) -> None:
+    kept, like_this, where = Moved(), OnDevice(torch.zeros(1)), torch.arange(3.0)
+    for _ in range(2):
+        assert kept.to("a", where, like_this).inner.tolist() == [0, 1, 2]
+    assert len(device.waits) == 1
+    where[0] = 5
+    assert kept.to("a", where, like_this).inner.tolist() == [5, 1, 2]
+    assert kept.to("a", torch.ones(2), like_this).inner.tolist() == [1, 1]
+    assert kept.to("a", torch.ones(2), like_this.double()).dtype == torch.float64
+    assert kept.to("b", where, torch.zeros(1)) is where
+    with torch.inference_mode():
+        uncounted = torch.zeros(2)
+        kept.to("c", uncounted, like_this)
+        uncounted.add_(1)
+        assert kept.to("c", uncounted, like_this).inner.tolist() == [1, 1]
 
 
 def test_rows_are_found_without_a_wait(device: ForeignDevice) -> None:
