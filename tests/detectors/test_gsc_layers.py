@@ -199,7 +199,8 @@ def test_what_cannot_be_done_is_said(net: nn.Module, in_place: nn.Module, x: Ten
 def test_a_network_without_a_linear_head_needs_a_layer() -> None:
     """As its ``INFO`` says, the default alone needs a linear head."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Tanh())
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Tanh()]
+    net = nn.Sequential(*layers)
     x = torch.randn(3, 3, 8, 8)
     assert INFO.needs == "a linear head by default"
     with pytest.raises(ValueError, match="not the output of a linear layer"):
