@@ -74,6 +74,20 @@ def test_z_waits_once_whatever_is_proved(width: int, options: dict[str, Any], de
     assert there.proved_share == here.proved_share
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": 5}, {"combine": "intersection"}], ids=str)
+def test_bounds_wait_once(options: dict[str, Any], device: ForeignDevice) -> None:
+    net = network(16)
+    here, there = SandI(net, variant="Z", **options), SandI(moved(net), variant="Z", **options)
+    for x in BATCHES * 2:
+        expected = here.bounds(x)
+        device.waits.clear()
+        found = there.bounds(OnDevice(x))
+        waits = list(device.waits)
+        assert all(torch.equal(end.inner, other) for end, other in zip(found, expected, strict=True))
+        assert torch.equal(found.proved.inner, expected.proved)
+    assert len(waits) <= 1, waits
+
+
 def test_a_single_image_waits_once(device: ForeignDevice) -> None:
     there = SandI(moved(network(16)), variant="Z")
     for x in BATCHES[0].split(1):
