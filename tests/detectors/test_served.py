@@ -38,7 +38,8 @@ def varied() -> nn.Module:
 
 def exported(served: nn.Module) -> Any:
     batch = torch.export.Dim("batch", min=2)
-    return torch.export.export(served, (FEW,), strict=False, dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        return torch.export.export(served, (FEW,), strict=False, dynamic_shapes=({0: batch},))
 
 
 @pytest.mark.parametrize("make", [network, varied])
@@ -59,8 +60,7 @@ def test_the_graph_needs_neither_hooks_nor_the_package(tmp_path: Path) -> None:
     detector = SandIC(network()).fit([TRAINING], val=images(60, 2))
     expected = detector(MANY)[1]
     program = exported(ServedSandIC(detector, FEW))
-    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
-    names = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("aten.gt" in name for name in names), "no masks"
     torch.export.save(program, tmp_path / "detector.pt2")
     detector.fit([(images(60, 7), TRAINING[1])], val=images(60, 8))  # which the graph takes no part in

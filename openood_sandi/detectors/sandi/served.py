@@ -1,7 +1,9 @@
 """S&I-C for compiled serving code: a module from images to classes, scores and shares, without hooks or state.
 
 >>> served = ServedSandIC(detector, images)
->>> program = torch.export.export(served, (images,), strict=False, dynamic_shapes=({0: torch.export.Dim("batch")},))
+>>> with torch.no_grad():
+...     shapes = ({0: torch.export.Dim("batch", min=2)},)
+...     program = torch.export.export(served, (images,), strict=False, dynamic_shapes=shapes)
 >>> torch.export.save(program, "detector.pt2")        # or torch.compile(program.module())
 >>> pred, score, shares = program.module()(others)    # needs torch alone
 
@@ -12,25 +14,13 @@ operators of its own beside those of the network. ``strict=False`` has torch tra
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from openood_sandi.detectors.sandi.calibrated import SandIC
 from openood_sandi.engine.devices import exact_device
 
-__all__ = ["Served", "ServedSandIC"]
-
-
-class Served(NamedTuple):
-    """What is served of each image."""
-
-    pred: Tensor
-    """Predicted classes (B,) int64."""
-    score: Tensor
-    """The score of S&I-C (B,), float64, larger for OOD; NaN where the logits are not finite."""
-    shares: Tensor
-    """E_j of the activations that end the stages (B, K_1 + K_2 + ...), float32: the means of their masks."""
+__all__ = ["ServedSandIC"]
 
 
 class ServedSandIC(nn.Module):
@@ -60,7 +50,13 @@ class ServedSandIC(nn.Module):
         self._detector.statistics = constants  # type: ignore[assignment]  # no tensors, which a graph would look into
         self._detector(x)
 
-    def forward(self, x: Tensor) -> Served:
-        """The images' classes, scores and shares."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is told of images ``x`` (B, C, H, W).
+
+        Returns:
+            Predicted classes (B,) int64; scores (B,) float64, larger for OOD, NaN where the logits are not finite; and
+            the shares E_j of the activations that end the stages, side by side (B, K_1 + K_2 + ...), float32: the means
+            of their masks.
+        """
         summary = self._detector._found(x, with_z=self._detector._z_counts)
-        return Served(summary.pred, self._detector._scored(summary), summary.shares)
+        return summary.pred, self._detector._scored(summary), summary.shares
