@@ -88,6 +88,30 @@ def test_bounds_wait_once(options: dict[str, Any], device: ForeignDevice) -> Non
     assert len(waits) <= 1, waits
 
 
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_bounds_and_decisions(width: int, device: ForeignDevice) -> None:
+    """Bounds wait once a batch; decisions at most three times, as some images are computed as well."""
+    net = network(width)
+    here = SandI(net, variant="Z").fit([TRAINING])
+    there = like(here, moved(net))
+    there.threshold = here.threshold
+    batches = [(x, torch.zeros(len(x)).long()) for x in BATCHES]
+    for _ in range(2):  # each class is looked at more closely when it first comes
+        device.waits.clear()
+        found = there.decide(batches)
+    assert len(device.waits) <= 3 * len(batches), device.waits
+    np.testing.assert_array_equal(found.ood, here.decide(batches).ood)
+    for x in BATCHES:
+        device.waits.clear()
+        found, expected = there.bounds(OnDevice(x)), here.bounds(x)
+        assert len(device.waits) <= 1, device.waits
+        torch.testing.assert_close(found[1].inner, expected[1], rtol=0, atol=0)
+        torch.testing.assert_close(found[2].inner, expected[2], rtol=0, atol=0)
+        device.waits.clear()
+        assert torch.equal(there.is_ood(OnDevice(x)).inner, here.is_ood(x))
+        assert len(device.waits) <= 3, device.waits
+
+
 def test_a_single_image_waits_once(device: ForeignDevice) -> None:
     there = SandI(moved(network(16)), variant="Z")
     for x in BATCHES[0].split(1):
