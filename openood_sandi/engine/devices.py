@@ -16,7 +16,17 @@ from torch import Tensor
 from openood_sandi.engine.contents import version
 from openood_sandi.engine.memory import is_out_of_memory
 
-__all__ = ["Moved", "exact_device", "exact_dtype", "fetch", "has_float64", "is_autocast", "rows_where", "take"]
+__all__ = [
+    "Moved",
+    "add_rows",
+    "exact_device",
+    "exact_dtype",
+    "fetch",
+    "has_float64",
+    "is_autocast",
+    "rows_where",
+    "take",
+]
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
@@ -44,6 +54,24 @@ def rows_where(mask: Tensor, count: int) -> Tensor:
 def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """``tensor[rows]`` by numbers of the host's, which are sent without a wait, as those of a list are not."""
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True))
+
+
+def add_rows(totals: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``totals[rows[i]] += values[i]`` for all i, with the same bits every time.
+
+    On GPUs ``index_add_`` adds in the order in which threads come: the processes of ``torchrun`` would learn prototypes
+    that differ in their last bits, and refuse to share a task. A product of matrices does not.
+
+    Args:
+        totals: (N, K), on the device of the others and of the dtype of ``values``.
+        rows: (B,) int64, from 0 to N - 1.
+        values: (B, K).
+    """
+    if totals.device.type == "cpu":
+        totals.index_add_(0, rows, values)
+    else:
+        chosen = rows == torch.arange(len(totals), device=rows.device)[:, None]
+        totals.addmm_(chosen.to(values.dtype), values)
 
 
 class Moved:
