@@ -93,6 +93,7 @@ class _Comparison:
         self._evaluations: list[Evaluation] = []
         self._outcomes: list[dict[str, Outcome]] = []
         self._failures: dict[str, Failure] = {}
+        self._order: list[str] = []
         self.failed = False
 
     def score(self) -> None:
@@ -110,7 +111,10 @@ class _Comparison:
             self._evaluations.append(evaluation)
             self._outcomes.append(outcomes)
             lines = Lines(len(chosen) * sum(map(len, (*suite.test_sets, *(suite.validation or ())[:1]))))
-            for method in progress(chosen, f"{suite.name}, seed {seed}", "methods"):
+            self._order = [method.name for method in chosen]
+            for method in progress(
+                sorted(chosen, key=lambda each: not each.first), f"{suite.name}, seed {seed}", "methods"
+            ):
                 with self._noted(method):
                     outcomes[method.name] = Outcome(method, evaluation.scores(method, lines))
 
@@ -149,7 +153,7 @@ class _Comparison:
         """The methods scored with every network; a last one without any, after an interruption, is left out."""
         for count in range(len(self._outcomes), 0, -1):
             outcomes = self._outcomes[:count]
-            done = [name for name in outcomes[0] if all(name in others for others in outcomes)]
+            done = [name for name in self._order if all(name in others for others in outcomes)]
             if done:
                 networks = zip(self._options.seeds, self._evaluations, outcomes, strict=False)
                 return [Run(seed, e.suite, {name: found[name] for name in done}) for seed, e, found in networks]

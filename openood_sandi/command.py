@@ -61,8 +61,13 @@ def _fit(given: argparse.Namespace) -> None:
     train, val = (None if each is None else readable(each, given.unreadable) for each in loaders)
     detector = kind(net, **options).fit(train, val=val, tpr=given.tpr)
     if ranks.is_main_process():
-        detector.save(given.out, notes)
+        detector.save(given.out, {**notes, "tpr": repr(given.tpr)})
         print(f"{given.out}: {detector!r}", file=sys.stderr)
+    if given.test is not None:
+        test = _loader(given.test, transform, given)
+        found = detector.score(test, unreadable=given.unreadable, progress=given.progress)
+        if ranks.is_main_process():
+            print(_id_lost(found.ood, given.tpr), file=sys.stderr)
 
 
 def _score(given: argparse.Namespace) -> None:
@@ -85,9 +90,17 @@ def _score(given: argparse.Namespace) -> None:
     pred, score, number = found
     ood = ~(score <= detector.threshold)
     _write_table(given.csv, [images.files[each] for each in number], pred, score, ood)
-    print(f"{int(np.sum(ood))} of {len(ood)} images are OOD", file=sys.stderr)
+    told = about["notes"].get("tpr")
+    lost = _id_lost(ood, None if told is None else float(told))
+    print(lost if given.id else f"{int(np.sum(ood))} of {len(ood)} images are OOD", file=sys.stderr)
     if given.heat_maps is not None:
         write_heat_maps(detector, images, number.tolist(), given.folder, given.heat_maps, device)
+
+
+def _id_lost(ood: Any, tpr: float | None) -> str:
+    """How many ID images are taken for OOD, beside the share that the threshold promises; None if that is not known."""
+    lost = f"{int(np.sum(ood))} of {len(ood)} ID images are taken for OOD: {np.mean(ood):.1%} lost"
+    return lost if tpr is None else f"{lost}, where the threshold promises {1 - tpr:.1%}"
 
 
 def _write_table(path: Path | None, files: list[Path], pred: Any, score: Any, ood: Any) -> None:
@@ -191,9 +204,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--tpr", type=float, default=0.95, help="the share of these to be taken for in-distribution (0.95)"
     )
+    new = "ID images in neither: say how many of them are taken for OOD"
+    fit.add_argument("--test", type=Path, metavar="FOLDER", help=new)
     fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the detector, in safetensors")
     score = calls.add_parser("score", help="score and decide, as CSV: file, class, score, ood")
     score.add_argument("--detector", type=Path, required=True, metavar="FILE", help="what fit has written")
+    score.add_argument("--id", action="store_true", help="the images are ID: say which share of them is lost")
     score.add_argument("--csv", type=Path, metavar="FILE", help="where the table goes; standard output by default")
     score.add_argument("--heat-maps", type=Path, metavar="FOLDER", help="write a map of each image (S&I and GAIA)")
     for call in (fit, score):

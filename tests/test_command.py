@@ -83,6 +83,26 @@ def test_prototypes_and_safetensors_and_val(place: Path, capsys: Any) -> None:
     assert "0 of 6 images are OOD" in printed.err  # the threshold is the largest of these
 
 
+def test_id_images_lost_are_told_beside_what_is_promised(place: Path, capsys: Any) -> None:
+    out, test = f"{place}/d.safetensors", place / "test"
+    test.mkdir()
+    for file in [*sorted((place / "id/a").iterdir())[:8], *sorted((place / "new").iterdir())[:2]]:
+        (test / f"{file.parent.name}{file.name}").write_bytes(file.read_bytes())
+    fit = ["fit", f"{place}/id", "--method", "gsc", "--tpr", "0.8", "--out", out]
+    assert call(place, *fit) == 0
+    assert "ID images" not in capsys.readouterr().err
+    assert call(place, *fit, "--test", f"{test}") == 0
+    detector = GradientShortCircuit(tiny_suite.network()).fit(folder(place / "id", transform), tpr=0.8)
+    lost = int(detector.score(folder(test, transform), progress=False).ood.sum())
+    assert 0 < lost < 10
+    told = f"{lost} of 10 ID images are taken for OOD: {lost}0.0% lost, where the threshold promises 20.0%"
+    assert told in capsys.readouterr().err
+    assert call(place, "score", f"{test}", "--detector", out, "--id", "--csv", f"{place}/t.csv") == 0
+    assert told in capsys.readouterr().err
+    assert call(place, "score", f"{test}", "--detector", out, "--csv", f"{place}/t.csv") == 0
+    assert capsys.readouterr().err.strip().endswith(f"{lost} of 10 images are OOD")
+
+
 def test_unreadable_files_stop_or_are_skipped_by_name(place: Path, capsys: Any, caplog: Any) -> None:
     out, table = f"{place}/d.safetensors", place / "new.csv"
     for name in ("id/a/07.png", "new/02.png"):

@@ -13,14 +13,14 @@ from torch.utils.data import TensorDataset
 
 from . import digit_images
 from .suite import Group, ImageSet, Suite, digest, state_digest
-from .training import Recipe, trained
+from .training import RECIPES, Recipe, trained
 
-RECIPE = Recipe()
+TITLES = {"smallresnet": "SmallResNet", "silu_cnn": "a CNN of SiLU", "vit": "a small vision transformer of GELU"}
 INPUT_SIDE = 16  # pixels; room for three stages of 16, 8 and 4 pixels
 VALIDATION = 200  # of the 898 training digits
 
 
-def load(seed: int, cache: Path, recipe: Recipe = RECIPE) -> Suite:
+def load(seed: int, cache: Path, recipe: Recipe = RECIPES["smallresnet"]) -> Suite:
     """Digits against letters (near-OOD), photographs and noise (far-OOD), all sets of the same size.
 
     ``seed`` is the network's: the images are the same for every seed.
@@ -40,8 +40,8 @@ def load(seed: int, cache: Path, recipe: Recipe = RECIPE) -> Suite:
     return Suite(
         name="digits",
         network=network,
-        network_name="smallresnet",
-        network_description=f"SmallResNet, {recipe}, trained on {len(images)} digits from seed {seed}",
+        network_name=recipe.name,
+        network_description=f"{TITLES[recipe.name]}, {recipe}, trained on {len(images)} digits from seed {seed}",
         weights=state_digest(network),
         classes=10,
         normalisation=((mean / digit_images.LEVELS,), (std / digit_images.LEVELS,)),

@@ -105,10 +105,14 @@ class ImageLists:
         """The ID training images, preprocessed as test images are."""
         return self._read("train", self.data, "ID")
 
-    def validation(self) -> tuple[ImageSet, ImageSet]:
-        """The ID and the OOD images that OpenOOD searches options on."""
+    def validation(self) -> tuple[ImageSet, ...]:
+        """The ID images to set thresholds by, and the OOD images that OpenOOD searches options on, where there are."""
         unknown = BENCHMARKS[self.data].validation
-        return self._read("val", self.data, "ID"), self._read("val", unknown, BENCHMARKS[self.data].group(unknown))
+        known = self._read("val", self.data, "ID")
+        try:
+            return known, self._read("val", unknown, BENCHMARKS[self.data].group(unknown))
+        except SourceError:
+            return (known,)
 
     def out_of_distribution(
         self, protocol: Protocol, asked: list[OodOption]

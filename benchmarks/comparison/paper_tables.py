@@ -31,6 +31,13 @@ TITLES = {
     "7": "CIFAR-100, step sizes of S&I, and SCALE (Appendix D)",
 }
 """What each of the paper's tables is of, by its number."""
+NOTES = {
+    "5": (
+        "Of one gradient at the clean activations, Eq. 9 walks no path that could be split: by the paper's equations its "
+        "Table 5 is its Table 3, and so it is here.",
+    )
+}
+"""More to say of a table, by its number."""
 SPEED = "6"
 COLUMNS = {"FPR95": FPR_PAPER, "AUROC": "AUROC"}
 """The paper's metrics and our columns."""
@@ -95,7 +102,7 @@ def _detection(number: str, frame: pd.DataFrame, run: Run) -> PaperTable:
         rows |= _measured(frame, run, name, sets)
     index = pd.MultiIndex.from_tuples(rows, names=["method", "network"])
     table = pd.DataFrame(list(rows.values()), index=index, columns=columns)
-    notes = " ".join([_sets_here(run.suite), *_averages_that_are_none(published)])
+    notes = " ".join([_sets_here(run.suite), *_averages_that_are_none(published), *NOTES.get(number, ())])
     return PaperTable(f"Table {number}: {TITLES[number]}", notes, _flat(table))
 
 

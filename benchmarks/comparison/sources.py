@@ -18,7 +18,7 @@ from .folders import OodOption
 from .image_lists import BENCHMARKS, PROTOCOLS, ImageLists
 from .reading import AS_OPENOOD, POLICIES, Reading
 from .suite import Suite, state_digest
-from .training import default_cache
+from .training import RECIPES, Recipe, default_cache
 
 RANDOM = "random"
 """Stands for weights that nobody trained."""
@@ -138,7 +138,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     turned = "turn pictures as their EXIF tags say; default: as they are stored, which is OpenOOD's way"
     add("--exif", action="store_true", help=turned)
     names = ", ".join((*catalogue.ARCHITECTURES, *catalogue.PREFIXES))
-    add("--network", metavar="NAME", help=f"one of {names}; default: OpenOOD's for the data")
+    add(
+        "--network",
+        metavar="NAME",
+        help=f"one of {names}; default: OpenOOD's for the data. Of digits: {', '.join(RECIPES)}",
+    )
     weights = f"weights (torch, safetensors or npz), in which {SEED} gives way to the seed; or {catalogue.DOWNLOAD}, "
     weights += f"torchvision's own, which are downloaded; or {RANDOM}; default: DATA_NETWORK.pt or the like in "
     add("--checkpoint", metavar="FILE", help=weights + "DATA_ROOT/../checkpoints")
@@ -160,7 +164,7 @@ def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
     _check(options)
     seed = options.seeds[0] if seed is None else seed
     if options.data == "digits":
-        return digits.load(seed, options.cache)
+        return digits.load(seed, options.cache, _recipe(options.network))
     suite = _from_folders(options, seed) if options.data == "folders" else _from_lists(options, seed)
     known = suite.in_distribution.name
     if known in [images.name for images in suite.out_of_distribution]:
@@ -171,7 +175,7 @@ def load(options: argparse.Namespace, seed: int | None = None) -> Suite:
 def _check(options: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
     if options.data == "digits":
-        for name in ("id", "train", "val", "split", "exif", "ood", "network", "checkpoint", "size", "mean", "std"):
+        for name in ("id", "train", "val", "split", "exif", "ood", "checkpoint", "size", "mean", "std"):
             if getattr(options, name) not in (None, [], False):
                 raise SourceError(f"--{name} goes with other --data than digits, which brings its own.")
     elif options.data == "folders":
@@ -195,6 +199,13 @@ def _check(options: argparse.Namespace) -> None:
     if len(options.seeds) > 1 and options.data != "digits" and options.checkpoint != RANDOM:
         if SEED not in (options.checkpoint or ""):
             raise SourceError(f"Several --seeds need a --checkpoint with {SEED} in it, which gives way to each.")
+
+
+def _recipe(name: str | None) -> Recipe:
+    """How a network for the digits is trained."""
+    if name not in (None, *RECIPES):
+        raise SourceError(f"--network {name}: --data digits trains its own, one of {', '.join(RECIPES)}.")
+    return RECIPES[name or "smallresnet"]
 
 
 def _from_lists(options: argparse.Namespace, seed: int) -> Suite:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from networks.cifar import CifarResNet
-from torch import Tensor
+from networks.small import SiluCnn, SmallVit
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from openood_sandi.runs.files import replace
@@ -20,23 +21,46 @@ from openood_sandi.runs.files import replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """A small ResNet with ``blocks`` residual blocks in each stage; by default it has 15 normalisation layers.
+    """A small network and its training.
 
-    SGD with Nesterov momentum under a one-cycle learning rate (``learning_rate`` is its peak).
+    "smallresnet" has ``blocks`` residual blocks in each stage, by default 15 normalisation layers; of "silu_cnn" and
+    "vit" (:mod:`networks.small`) ``widths`` and ``blocks`` say nothing.
+
+    SGD with Nesterov momentum, or AdamW, under a one-cycle learning rate (``learning_rate`` is its peak).
     """
 
+    name: str = "smallresnet"
     widths: tuple[int, ...] = (16, 32, 64)
     blocks: int = 2
     epochs: int = 30
     batch_size: int = 64
     learning_rate: float = 0.05
-    momentum: float = 0.9
+    momentum: float | None = 0.9
+    """None: AdamW in place of SGD."""
     weight_decay: float = 5e-4
 
-    def network(self, images: Tensor, labels: Tensor) -> CifarResNet:
+    def network(self, images: Tensor, labels: Tensor) -> nn.Module:
         """A network for such ``images`` (N, C, H, W) and ``labels`` (N,)."""
-        blocks = [self.blocks] * len(self.widths)
-        return CifarResNet(blocks, self.widths, int(labels.max()) + 1, in_channels=images.shape[1])
+        channels, classes = images.shape[1], int(labels.max()) + 1
+        if self.name == "silu_cnn":
+            return SiluCnn(channels, classes)
+        if self.name == "vit":
+            return SmallVit(channels, classes, images.shape[2])
+        return CifarResNet([self.blocks] * len(self.widths), self.widths, classes, in_channels=channels)
+
+    def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
+        """For the parameters of ``net``."""
+        if self.momentum is None:
+            return torch.optim.AdamW(net.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        decay = self.weight_decay
+        return torch.optim.SGD(net.parameters(), self.learning_rate, self.momentum, weight_decay=decay, nesterov=True)
+
+
+RECIPES = {
+    "smallresnet": Recipe(),
+    "silu_cnn": Recipe("silu_cnn"),
+    "vit": Recipe("vit", epochs=60, learning_rate=2e-3, momentum=None, weight_decay=0.05),
+}
 
 
 def default_cache() -> Path:
@@ -44,7 +68,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openood-sandi"
 
 
-def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Path) -> CifarResNet:
+def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Path) -> nn.Module:
     """A network in eval mode, trained on ``images`` (N, C, H, W) and ``labels`` (N,), or read from ``cache``.
 
     The file's name is a hash of the recipe, the seed, torch's version and the training data. A file that is
@@ -52,7 +76,7 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
     """
     key = hashlib.sha256(repr((recipe, seed, torch.__version__)).encode())
     key.update(images.numpy().tobytes() + labels.numpy().tobytes())
-    path = cache / f"smallresnet-{key.hexdigest()[:16]}.pt"
+    path = cache / f"{recipe.name}-{key.hexdigest()[:16]}.pt"
     if path.exists():
         try:
             with torch.device("meta"):  # no memory and no random numbers for weights that are read
@@ -73,13 +97,12 @@ def trained(images: Tensor, labels: Tensor, recipe: Recipe, seed: int, cache: Pa
     return net
 
 
-def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> CifarResNet:
+def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> nn.Module:
     """Train on the CPU from ``seed``, whatever device scores later; the global generator is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = recipe.network(images, labels).train()
-        rate, decay = recipe.learning_rate, recipe.weight_decay
-        optimizer = torch.optim.SGD(net.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=True)
+        rate, optimizer = recipe.learning_rate, recipe.optimizer(net)
         steps = len(images) // recipe.batch_size  # a last short batch would give poor batch statistics
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=recipe.epochs * steps)
         for _ in tqdm(range(recipe.epochs), desc="training", unit="epoch", disable=None):

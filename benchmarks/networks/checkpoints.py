@@ -1,4 +1,5 @@
-"""Weights from files as :mod:`openood_sandi.weights` reads them, and those of MobileNetV2 for integer arithmetic."""
+"""Weights from files as :mod:`openood_sandi.weights` reads them, also MobileNetV2's for integer arithmetic and those
+whose tensors have other names than the network's."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import numpy as np
 from openood_sandi import weights
 from openood_sandi.weights import State, classes, load, misfits, renamed
 
+from . import efficientnet_lite
 from .imagenet import dequantised
 
 __all__ = ["State", "classes", "load", "misfits", "read", "renamed"]
@@ -21,4 +23,5 @@ def read(path: Path) -> State:
         with np.load(path, allow_pickle=False) as arrays:
             if {"w0", "s0", "b0"} <= set(arrays.files):
                 return dequantised(arrays)
-    return weights.read(path)
+    state = weights.read(path)
+    return efficientnet_lite.renamed(state) if efficientnet_lite.FIRST in state else state

@@ -169,6 +169,14 @@ class RecordedNetwork:
         found = {split.site: self._pass.made_by.get(id(self._tensor(split))) for split in splits}
         return {site: position for site, position in found.items() if position is not None}
 
+    def span(self, split: Split) -> range:
+        """The tape positions of the calls whose end the split is: later ones read what a tap makes of it."""
+        site = split.site
+        if site.module is None:
+            return range(site.index, site.index + 1)
+        layer = self._by_name[site.name]
+        return range(layer.start, layer.stop)
+
     # ------------------------------------------------------------------ names and sites
 
     def _layer(self, name: str) -> Layer:

@@ -65,8 +65,11 @@ class Snapshot:
             uncounted: whether to look at the values as well. torch counts writes, but those through ``.data`` and
                 ``.numpy()``.
         """
-        for tensor, value, old, new in zip(self._tensors, self._values, self._versions, self._counted(), strict=True):
-            if old != new or (uncounted and not _same(tensor, value)):
+        changed = [old != new for old, new in zip(self._versions, self._counted(), strict=True)]
+        if uncounted:
+            changed = [a or b for a, b in zip(changed, _differ(self._tensors, self._values), strict=True)]
+        for tensor, is_changed in zip(self._tensors, changed, strict=True):
+            if is_changed:
                 return f"its forward writes into {self._name(tensor)} in place"
         return ""
 
@@ -84,15 +87,14 @@ class Snapshot:
     def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if not self._private:
-                pairs = list(zip(targets, sources, strict=True))
-                differ = fetch(*((target != source).any() for target, source in pairs))
-                pairs = [pair for pair, differs in zip(pairs, differ, strict=True) if differs]
-                targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
+                differing = [n for n, differs in enumerate(_differ(targets, sources)) if differs]
+                targets, sources = [targets[n] for n in differing], [sources[n] for n in differing]
             if targets:
                 torch._foreach_copy_(targets, sources)
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same, NaN included."""
+def _differ(first: list[Tensor], second: list[Tensor]) -> list[bool]:
+    """For each tensor whether the other one holds something else; NaN is the same as NaN."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        return torch.equal(first, second) or bool(((first == second) | ((first != first) & (second != second))).all())
+        pairs = zip(first, second, strict=True)
+        return [bool(flag) for flag in fetch(*(((a != b) & ((a == a) | (b == b))).any() for a, b in pairs))]

@@ -2,8 +2,8 @@
 
 OpenOOD appends a row whenever it has a result, also where the same run has left one. Here a row replaces that of the
 same set and options, which a column of their own tells; rows of other options stay. A row that tells no options
-(OpenOOD's own) is replaced by any of its set, and half rows go. The file is replaced whole, and what an earlier run
-left stays beside it, once, as ``ood.csv.old``.
+(OpenOOD's own) is replaced by any of its set, and half rows go. The file is replaced whole, by one run at a time where
+several share a folder, and what an earlier run left stays beside it, once, as ``ood.csv.old``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def hold_each_set_once(evaluator: Any) -> None:
             finally:
                 self.config.output_dir = folder
             rows = _read(Path(aside, "ood.csv"))
-        for row in rows:
-            _put(row | {"options": _options(self.config, dataset_name)}, Path(folder, "ood.csv"))
+        with files.alone(Path(folder)):
+            for row in rows:
+                _put(row | {"options": _options(self.config, dataset_name)}, Path(folder, "ood.csv"))
 
     evaluator._save_csv = _save_csv
 

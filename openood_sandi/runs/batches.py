@@ -24,10 +24,12 @@ def order_of(loader: Iterable[Any]) -> list[Any] | None:
             "the loader has a DistributedSampler, which repeats images to give every rank as many; give all ranks the "
             "loader that one process would have, and each scores its share of the batches"
         )
-    # Through a loader, so that a shuffling sampler draws what it would draw for the images.
     sampler, generator = loader.batch_sampler, loader.generator
+    if is_fixed(loader):
+        return [list(batch) for batch in sampler]
+    # Through a loader, so that a shuffling sampler draws what it would draw for the images.
     order = list(DataLoader(_Indices(), batch_sampler=sampler, collate_fn=list, generator=generator))
-    return order if is_fixed(loader) else ranks.broadcast("order of images", order)
+    return ranks.broadcast("order of images", order)
 
 
 def is_fixed(loader: DataLoader[Any]) -> bool:

@@ -20,14 +20,14 @@ import logging
 import re
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from openood_sandi.runs import contents, files
+from openood_sandi.runs.results import BatchScores, Results
 from openood_sandi.runs.unreadable import Unreadable
 
 __all__ = ["BatchScores", "Entry", "ScoreCache"]
@@ -42,48 +42,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**30
 #: {number of a batch: the files of its images}
 Paths = Mapping[int, Sequence[str]]
-
-
-class BatchScores(NamedTuple):
-    """The results of one batch of a loader; images that could not be read are left out of the arrays."""
-
-    pred: npt.NDArray[np.int64]
-    """Predicted classes (n,)."""
-    score: npt.NDArray[Any]
-    """Out-of-distribution scores (n,) in the dtype of the scorer."""
-    label: npt.NDArray[np.int64]
-    """Labels (n,)."""
-    unreadable: tuple[Unreadable, ...] = ()
-    contents: contents.Records = contents.records(())
-    """What the files hold of all images, of those that could not be read too; (0,) where the images are no files."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether the same files always give these results: nothing failed for now only, or changed meanwhile."""
-        known = (self.contents["low"] != 0) | (self.contents["high"] != 0)
-        return bool(known.all()) and all(image.lasting for image in self.unreadable)
-
-    def equals(self, other: BatchScores) -> bool:
-        """Whether every bit is the same, and what the files hold; not where these are."""
-        ours, theirs = self._bits(), other._bits()
-        return ours == theirs and self.unreadable == other.unreadable
-
-    def _bits(self) -> list[tuple[str, bytes]]:
-        arrays = self.pred, self.score, self.label, self.contents["low"], self.contents["high"]
-        return [(array.dtype.str, array.tobytes()) for array in arrays]
-
-    @staticmethod
-    def concatenated(batches: Iterable[BatchScores]) -> BatchScores:
-        """All batches as one. A batch without images has no say in the dtype."""
-        every = list(batches)
-        some = [batch for batch in every if len(batch.pred)] or every[:1]
-        return BatchScores(
-            np.concatenate([batch.pred for batch in some]),
-            np.concatenate([batch.score for batch in some]),
-            np.concatenate([batch.label for batch in some]),
-            tuple(image for batch in every for image in batch.unreadable),
-            np.concatenate([batch.contents for batch in every]),
-        )
+_NOTHING = Results.of({})
 
 
 class ScoreCache:
@@ -127,14 +86,14 @@ class Entry:
         self._works = True
         self._last = time.monotonic()
         #: {number of the batch in the loader: its results}, as found on disk, where the images are still those.
-        self.found: dict[int, BatchScores] = {}
+        self.found = _NOTHING
         self._used: list[Path] = []
-        self._stored: dict[Path, dict[int, BatchScores] | None] = {path: self._read(path) for path in self._files()}
+        self._stored: dict[Path, Results | None] = {path: self._read(path) for path in self._files()}
         for path, stored in self._stored.items():
-            valid = _of_these_files(stored or {}, paths)
-            if valid.keys() - self.found.keys():
+            valid = _of_these_files(stored or _NOTHING, paths)
+            if not np.isin(valid.numbers, self.found.numbers).all():
                 self._used.append(path)
-            self.found = {**valid, **self.found}
+            self.found = valid.joined(self.found)
         if not self.found:
             self._tell_nearest()
 
@@ -153,17 +112,17 @@ class Entry:
         Batches with an image that could not be read for now only are left out. Where writing fails (a full disk, a
         folder without permission) a warning says so, once, and later calls do nothing.
         """
-        batches = {number: batch for number, batch in batches.items() if batch.lasting}
-        if not self._works or not batches:
+        lasting = Results.of(batches).lasting
+        if not self._works or not lasting:
             return
-        content = _pack(self.key, batches)
+        content = _pack(self.key, lasting)
         path, before = self.folder / f"{self._stem}.{_checksum(content)}.npz", self._own
         self._last = time.monotonic()
         if path == before:
             return
         try:
             files.replace(path, content)
-            self._own, self._stored[path] = path, dict(batches)
+            self._own, self._stored[path] = path, lasting
             if before is not None:
                 before.unlink(missing_ok=True)
         except OSError as error:
@@ -173,7 +132,7 @@ class Entry:
     def complete(self, batches: Mapping[int, BatchScores]) -> None:
         """Put all batches of the data set on disk and remove what is no longer needed: files whose batches these are,
         damaged ones, and remains of processes that were killed. Files with other scores stay: another run's."""
-        lasting = {number: batch for number, batch in batches.items() if batch.lasting}
+        lasting = Results.of(batches).lasting
         keeper = next((path for path, stored in self._stored.items() if _is_same(stored, lasting)), None)
         if keeper is None:
             self.write(lasting)
@@ -198,28 +157,26 @@ class Entry:
             except OSError as error:
                 _log.warning("the score cache's %s is void but cannot be removed: %s", path, error)
             self._stored.pop(path, None)
-        self.found = {}
+        self.found = _NOTHING
 
-    def _holds_no_more(self, path: Path, batches: Mapping[int, BatchScores]) -> bool:
+    def _holds_no_more(self, path: Path, batches: Results) -> bool:
         stored = self._stored[path] if path in self._stored else self._read(path)
-        return stored is None or all(
-            number in batches and batch.equals(batches[number]) for number, batch in stored.items()
-        )
+        return stored is None or stored.is_part_of(batches)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self._stem}.*.npz"))
 
-    def _read(self, path: Path) -> dict[int, BatchScores] | None:
+    def _read(self, path: Path) -> Results | None:
         """The batches in a file; None, with a warning, if it is not what its name says."""
         try:
             if not path.is_file() or path.stat().st_size > _LARGEST:
                 raise OSError(f"it is no regular file of {_LARGEST} bytes at most")
             content = path.read_bytes()
         except FileNotFoundError:  # another process has just superseded it
-            return {}
+            return _NOTHING
         except OSError as error:
             _log.warning("the score cache's %s cannot be read, so its images are scored again: %s", path, error)
-            return {}
+            return _NOTHING
         if path.name != f"{self._stem}.{_checksum(content)}.npz":
             _log.warning("the score cache's %s is damaged, so its images are scored again", path)
             return None
@@ -261,23 +218,22 @@ def _without_digests(key: str) -> str:
     return json.dumps({name: value for name, value in items.items() if not _DIGEST.fullmatch(str(value))})
 
 
-def _pack(key: str, batches: Mapping[int, BatchScores]) -> bytes:
+def _pack(key: str, results: Results) -> bytes:
     """An ``.npz`` file; its bytes follow from the arguments alone."""
-    numbers = sorted(batches)
-    joined = BatchScores.concatenated(batches[number] for number in numbers)
-    unreadable = [[*image, number] for number in numbers for image in batches[number].unreadable]
+    owners = results.numbers[results.owners].tolist()
+    unreadable = [[*image, number] for image, number in zip(results.all.unreadable, owners, strict=True)]
     file = io.BytesIO()
     np.savez(
         file,
         key=np.array(key),
-        batch=np.array(numbers, np.int64),
-        size=np.array([len(batches[number].pred) for number in numbers], np.int64),
-        pred=joined.pred,
-        score=joined.score,
-        label=joined.label,
+        batch=results.numbers,
+        size=results.sizes[:, 0],
+        pred=results.all.pred,
+        score=results.all.score,
+        label=results.all.label,
         unreadable=np.array(json.dumps(unreadable)),
-        contents=joined.contents,
-        looked_at=np.array([len(batches[number].contents) for number in numbers], np.int64),
+        contents=results.all.contents,
+        looked_at=results.sizes[:, 1],
     )
     return file.getvalue()
 
@@ -290,55 +246,41 @@ def _require_unpacked(file: Any, size: int) -> None:
         raise ValueError(f"its arrays are packed; expected {size} bytes of them at most, as this package writes them")
 
 
-def _unpack(content: bytes, key: str) -> dict[int, BatchScores]:
+def _unpack(content: bytes, key: str) -> Results:
     _require_unpacked(io.BytesIO(content), len(content))
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         if str(arrays["key"]) != key:
             raise ValueError("it holds scores of another key")
-        numbers, ends = arrays["batch"].tolist(), np.cumsum(arrays["size"])
+        numbers, sizes = arrays["batch"], np.stack([arrays["size"], arrays["looked_at"]], 1)
         whole = [arrays[name] for name in ("pred", "score", "label")]
-        if len(numbers) != len(ends) or any(column.shape != (ends[-1],) for column in whole):
+        images, files = sizes.sum(0).tolist()
+        if numbers.shape != sizes[:, 0].shape or (sizes < 0).any() or any(each.shape != (images,) for each in whole):
             raise ValueError("its arrays differ in length")
-        columns = [np.split(column, ends[:-1]) for column in whole]
-        looked_at, seen = np.cumsum(arrays["looked_at"]), arrays["contents"]
-        if seen.dtype != contents.RECORD or len(looked_at) != len(ends) or seen.shape != (looked_at[-1],):
+        if arrays["contents"].dtype != contents.RECORD or arrays["contents"].shape != (files,):
             raise ValueError("what it says of the images' files is none of its batches'")
-        unreadable: dict[int, list[Unreadable]] = {number: [] for number in numbers}
-        for *image, number in json.loads(str(arrays["unreadable"])):
-            unreadable[number].append(Unreadable(*image))
-    return {
-        number: BatchScores(pred, score, label, tuple(unreadable[number]), records)
-        for number, pred, score, label, records in zip(numbers, *columns, np.split(seen, looked_at[:-1]), strict=True)
-    }
+        rows = json.loads(str(arrays["unreadable"]))
+        unreadable = tuple(Unreadable(*image) for *image, _ in rows)
+        owned = np.array([number for *_, number in rows], np.int64)
+        owners = np.searchsorted(numbers, owned)
+        if (np.diff(numbers) <= 0).any() or (np.diff(owners) < 0).any() or (numbers[owners] != owned).any():
+            raise ValueError("its batches are not in order")
+        pred, score, label = whole
+        return Results(numbers, sizes, BatchScores(pred, score, label, unreadable, arrays["contents"]), owners)
 
 
-def _of_these_files(stored: Mapping[int, BatchScores], paths: Paths | None) -> dict[int, BatchScores]:
+def _of_these_files(stored: Results, paths: Paths | None) -> Results:
     """The batches whose images' files hold what they held, with where these are now."""
-    chosen = {
-        number: batch for number, batch in stored.items() if len(batch.contents) == len((paths or {}).get(number, ()))
-    }
-    every = [path for number in chosen for path in (paths or {}).get(number, ())]
+    named = [(paths or {}).get(number, ()) for number in stored]
+    chosen = stored.where(stored.sizes[:, 1] == np.array([len(each) for each in named], np.int64))
+    every = [path for each, number in zip(named, stored, strict=True) if number in chosen for path in each]
     if not every:
         return chosen
-    same, now = contents.still_so(np.concatenate([batch.contents for batch in chosen.values()]), every)
-    ends = np.cumsum([len(batch.contents) for batch in chosen.values()])[:-1]
-    return {
-        number: batch._replace(contents=records)
-        for (number, batch), whole, records in zip(
-            chosen.items(), np.split(same, ends), np.split(now, ends), strict=True
-        )
-        if whole.all()
-    }
+    same, now = contents.still_so(chosen.all.contents, every)
+    return chosen.looked_at(now).where(chosen.in_all(same))
 
 
-def _is_same(stored: Mapping[int, BatchScores] | None, batches: Mapping[int, BatchScores]) -> bool:
+def _is_same(stored: Results | None, batches: Results) -> bool:
     """Whether a file has these batches and no others, to the last bit, and says where the images' files are now."""
-    return (
-        stored is not None
-        and len(stored) > 0
-        and stored.keys() == batches.keys()
-        and all(
-            batch.equals(batches[number]) and np.array_equal(batch.contents, batches[number].contents)
-            for number, batch in stored.items()
-        )
-    )
+    if not stored:
+        return False
+    return stored.equals(batches) and np.array_equal(stored.all.contents, batches.all.contents)

@@ -7,12 +7,13 @@ something outside Python) mostly moves scores far more than another processor do
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from openood_sandi.runs import ranks
-from openood_sandi.runs.cache import BatchScores, Entry
+from openood_sandi.runs.cache import Entry
+from openood_sandi.runs.results import BatchScores
 
 __all__ = ["TOLERANCE", "difference", "sing"]
 
@@ -22,34 +23,31 @@ TOLERANCE = 1e-3
 
 
 def sing(
-    known: dict[int, BatchScores], score: Callable[[Sequence[int]], list[BatchScores]], entry: Entry | None
+    known: Mapping[int, BatchScores], score: Callable[[Sequence[int]], list[BatchScores]], entry: Entry | None
 ) -> bool:
-    """Score a batch of ``known`` again, on rank 0, and empty ``known`` on all ranks if it comes out otherwise.
+    """Score a batch of ``known`` again, on rank 0.
 
     Args:
         known: {number of the batch: its results}.
         score: numbers of batches to their results anew. The loader's first batch is asked for first, as some scorers
             study the first images they see.
-        entry: where the results are from; it is voided.
+        entry: where the results are from; it is voided if the batch comes out otherwise.
 
     Returns:
-        Whether this rank's scorer has seen the first batch.
+        Whether the results are to be believed, on all ranks.
     """
     why = None
-    main = ranks.rank() == 0
-    if main:
-        drawn = secrets.choice(sorted(known))  # no random generator of anybody else's moves
+    if ranks.rank() == 0:
+        drawn = secrets.choice(list(known))  # no random generator of anybody else's moves
         numbers = [0, drawn] if drawn else [0]
         scored = score(numbers)
         compared = [number for number in dict.fromkeys(numbers) if number in known]
         differing = [(number, difference(known[number], scored[numbers.index(number)])) for number in compared]
         why = next((f"batch {number}, scored again, {what}" for number, what in differing if what), None)
     why = ranks.broadcast("canary", why)
-    if why is not None:
-        known.clear()
-        if main and entry is not None and entry.found:
-            entry.void(why)
-    return main
+    if why is not None and ranks.rank() == 0 and entry is not None and entry.found:
+        entry.void(why)
+    return why is None
 
 
 def difference(kept: BatchScores, anew: BatchScores) -> str | None:

@@ -25,7 +25,7 @@ from openood_sandi.runs.files import replace
 
 __all__ = [
     *("LARGEST", "RECORD", "UNKNOWN", "Record", "Records", "Refused"),
-    *("file_of", "files_of", "look", "records", "remembered", "same_file", "still_so"),
+    *("file_of", "files_of", "known", "look", "records", "remembered", "same_file", "still_so"),
 ]
 
 _log = logging.getLogger(__name__)
@@ -118,6 +118,12 @@ def records(rows: Iterable[Record]) -> Records:
     return np.array(list(rows), RECORD)
 
 
+def known(found: Records) -> npt.NDArray[np.bool_]:
+    """Of which files (n,) it is known what is in them."""
+    low, high = found["low"], found["high"]
+    return np.asarray((low != 0) | (high != 0))
+
+
 def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_], Records]:
     """Which files have in them what ``kept`` says, and the records that say so now.
 
@@ -127,15 +133,14 @@ def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_]
     """
     now = kept.copy()
     seen = np.array([_seen(path) for path in paths], np.int64).reshape(-1, 4).view(np.uint64)
-    known = np.stack([kept[name].view(np.uint64) for name in ("device", "inode", "size", "changed")], 1)
-    same = (seen == known).all(1)
+    then = np.stack([kept[name].view(np.uint64) for name in ("device", "inode", "size", "changed")], 1)
+    same = (seen == then).all(1)
     for place in np.flatnonzero(~same).tolist():
         try:
             now[place] = look(paths[place])
         except (OSError, ValueError):  # the image is scored again, and that says what is wrong
             now[place] = UNKNOWN
-    bytes_known = (kept["low"] != 0) | (kept["high"] != 0)
-    return bytes_known & (now["low"] == kept["low"]) & (now["high"] == kept["high"]), now
+    return known(kept) & (now["low"] == kept["low"]) & (now["high"] == kept["high"]), now
 
 
 def remembered(paths: Sequence[str], folder: Path) -> Records:
@@ -147,12 +152,12 @@ def remembered(paths: Sequence[str], folder: Path) -> Records:
     if not paths:
         return records(())
     memory = folder / "contents.npy"
-    known = {row[:4]: row for row in _memory(memory)}
-    found = [known.get(_seen(path)) or look(path) for path in paths]
-    if any(row[:4] not in known for row in found):
-        known |= {row[:4]: row for row in found if row[3] >= 0}
+    before = {row[:4]: row for row in _memory(memory)}
+    found = [before.get(_seen(path)) or look(path) for path in paths]
+    if any(row[:4] not in before for row in found):
+        before |= {row[:4]: row for row in found if row[3] >= 0}
         buffer = io.BytesIO()
-        np.save(buffer, records(known.values()))
+        np.save(buffer, records(before.values()))
         try:
             replace(memory, buffer.getvalue())
         except OSError as error:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["clear_remains", "replace"]
+__all__ = ["alone", "clear_remains", "replace"]
 
 #: Seconds after which an unfinished file of another machine is taken for the remains of a killed process.
 _ABANDONED = 3600.0
+#: Seconds after which a lock's file is taken for that of a killed process: what is done under it takes far less.
+_STALE = 30.0
 
 
 def replace(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
@@ -40,6 +43,42 @@ def replace(path: Path, content: bytes | str | Callable[[Path], object]) -> None
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within it no other process is within its own ``with alone(folder)``: what is read there may be written anew.
+
+    The lock is the system's, on the folder itself, and goes with a process that is killed. Where a system or a file
+    system has none, it is a file ``.lock`` in the folder, which is there as long as the lock is held.
+
+    Raises:
+        OSError: there is no such folder, or nothing can be written there.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            import fcntl
+
+            held = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, held)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            _take(folder / ".lock")
+            undo.callback((folder / ".lock").unlink, missing_ok=True)
+        yield
+
+
+def _take(lock: Path) -> None:
+    """Wait until the file is not there, or a killed process's, and make it."""
+    while True:
+        try:
+            return os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > _STALE:
+                    lock.unlink()
+                else:
+                    time.sleep(0.01)
 
 
 def clear_remains(folder: Path, stem: str) -> None:

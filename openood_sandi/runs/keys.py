@@ -138,17 +138,17 @@ def _dataset(dataset: Any) -> object:
 def _folder(dataset: Any, files: list[str]) -> str:
     """The folder that the data set was given, or else the one that all files are in; with a separator at its end."""
     given = getattr(dataset, "data_dir", None) or getattr(dataset, "root", None)
-    folder = os.fspath(given) if given else os.path.commonpath([os.path.dirname(file) for file in files] or [""])
+    folder = os.fspath(given) if given else os.path.commonpath({os.path.dirname(file) for file in files} or {""})
     return os.path.join(folder, "")
 
 
 def _below(value: Any, folder: str) -> Any:
     """``value`` with names of files as they are below ``folder``."""
-    if isinstance(value, (str, os.PathLike)):
-        text = os.fspath(value)
-        if text.startswith(folder):
-            return text[len(folder) :]
-        return "the folder" if len(text) == len(folder) - 1 and folder.startswith(text) else value
     if type(value) in (list, tuple):
-        return type(value)(_below(item, folder) for item in value)
-    return value
+        return type(value)([_below(item, folder) for item in value])
+    if isinstance(value, int) or not isinstance(value, (str, os.PathLike)):  # numbers first: they are quickly told
+        return value
+    text = os.fspath(value)
+    if text.startswith(folder):
+        return text[len(folder) :]
+    return "the folder" if len(text) == len(folder) - 1 and folder.startswith(text) else value

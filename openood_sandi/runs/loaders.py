@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,14 @@ class Folder(Dataset[tuple[Any, int]]):
         root = Path(path).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"{str(path)!r} is no folder; expected one with images in it or in its subfolders")
-        found = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-        self.files = sorted(found, key=lambda file: file.relative_to(root).as_posix())
-        if not self.files:
+        below = sorted(_images_below(root))
+        if not below:
             raise FileNotFoundError(f"no images in {str(path)!r}; expected files that end in {', '.join(SUFFIXES)}")
-        below = [file.relative_to(root).parts for file in self.files]
-        self.classes = sorted({parts[0] for parts in below}) if all(len(parts) > 1 for parts in below) else []
-        self.labels = [self.classes.index(parts[0]) if self.classes else -1 for parts in below]
+        firsts = [name.partition("/")[0] for name in below]
+        self.files = [root / name for name in below]
+        self.classes = sorted({*firsts}) if all("/" in name for name in below) else []
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = [numbers.get(first, -1) for first in firsts]
         self.transform = transform
 
     def __len__(self) -> int:
@@ -105,6 +107,15 @@ class Folder(Dataset[tuple[Any, int]]):
 
         with Image.open(self.files[index]) as image:
             return self.transform(image.convert("RGB")), self.labels[index]
+
+
+def _images_below(root: Path) -> Iterator[str]:
+    """The names of the images in a folder, and below it, from it on, with slashes."""
+    for place, _, names in os.walk(root):
+        within = Path(place).relative_to(root).as_posix()
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and os.path.isfile(os.path.join(place, name)):
+                yield name if within == "." else f"{within}/{name}"
 
 
 def folder(

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from openood_sandi.runs import keys, ranks
 from openood_sandi.runs.batches import is_fixed, order_of, share_of, some_of
-from openood_sandi.runs.cache import BatchScores, Entry, ScoreCache
+from openood_sandi.runs.cache import Entry, ScoreCache
 from openood_sandi.runs.canary import sing
 from openood_sandi.runs.contents import files_of
+from openood_sandi.runs.results import BatchScores, Results
 from openood_sandi.runs.unreadable import Batch, name_without_score, record
 
 __all__ = ["Scorer", "score_dataset"]
@@ -88,16 +89,18 @@ def score_dataset(
     if cache is not None and (whole := _whole(key, loader, order, device, unreadable, title)) is not None:
         entry = cache.entry(ranks.broadcast("key", whole), _paths(loader, order or []))
     known = _known(_task(key, order, device), entry)
-    sung = False
-    if canary and known and order is not None:
-        sung = sing(known, lambda numbers: _again(score, loader, order, numbers, device, unreadable), entry)
+    sung = bool(canary and known and order is not None)
+    if sung and not sing(known, lambda numbers: _again(score, loader, order or [], numbers, device, unreadable), entry):
+        known = Results.of({})
 
     started = time.monotonic()
     mine = _Mine(entry)
     count = len(order or ())
     try:
         bar = functools.partial(_shown, progress=progress, title=title)
-        for number, batch, is_mine in share_of(loader, order, known, device, unreadable, bar, sung):
+        for number, batch, is_mine in share_of(
+            loader, order, known, device, unreadable, bar, sung and ranks.rank() == 0
+        ):
             count = max(count, number + 1)
             results = _scored(score, batch, device) if is_mine or number == 0 else None
             if is_mine and results is not None:
@@ -109,7 +112,7 @@ def score_dataset(
     patience = timedelta(seconds=time.monotonic() - started)
     for their_count, elsewhere in ranks.gather("scores", (count, mine.batches), patience):
         _require_same({"number of batches": their_count}, {"number of batches": count})
-        known |= elsewhere
+        known = known.joined(Results.of(elsewhere))
     return _told(known, entry, loader, order, title)
 
 
@@ -147,16 +150,16 @@ class _Mine:
 # ---------------------------------------------------------------------- ranks
 
 
-def _known(task: Mapping[str, object], entry: Entry | None) -> dict[int, BatchScores]:
+def _known(task: Mapping[str, object], entry: Entry | None) -> Results:
     """The batches that an earlier run has finished, of every rank: they may be on machines with folders of their own.
 
     Raises:
         RuntimeError: another rank is about to do something else.
     """
-    known: dict[int, BatchScores] = {}
-    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else {})):
+    known = Results.of({})
+    for theirs, elsewhere in ranks.gather("task", (task, entry.found if entry else known)):
         _require_same(theirs, task)
-        known |= elsewhere
+        known = known.joined(elsewhere)
     return known
 
 
@@ -183,15 +186,15 @@ def _digest(order: list[Any] | None) -> str:
 
 
 def _told(
-    batches: Mapping[int, BatchScores], entry: Entry | None, loader: Any, order: list[Any] | None, title: str
+    results: Results, entry: Entry | None, loader: Any, order: list[Any] | None, title: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """All results in the loader's order; rank 0 puts them in the cache and tells what has no score."""
-    if not batches:
+    if not results:
         raise ValueError(f"the loader{title and f' of {title}'} gives no batches; expected images to score")
     main = ranks.rank() == 0
     if main and entry:
-        entry.complete(batches)
-    result = BatchScores.concatenated(batches[number] for number in sorted(batches))
+        entry.complete(results)
+    result = results.all
     if result.unreadable and (main or not len(result.pred)):  # with no image left this is an error, on every rank
         file = entry.beside("unreadable.tsv") if main and entry else None
         record(result.unreadable, len(result.pred) + len(result.unreadable), file)

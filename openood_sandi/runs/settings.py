@@ -11,6 +11,14 @@ from torch.nn.modules import module as of_all_modules
 __all__ = ["arithmetic", "global_hooks"]
 
 _backends: Any = torch.backends
+
+
+def _precision(of: Any) -> str:
+    """Of products of float32 numbers. None means the full one; ``set_float32_matmul_precision("highest")`` names it."""
+    precision: str = of.fp32_precision
+    return "ieee" if precision == "none" else precision
+
+
 _READ: Mapping[str, Callable[[], object]] = {
     "default dtype": lambda: torch.get_default_dtype(),
     "default device": lambda: torch.get_default_device(),
@@ -19,17 +27,17 @@ _READ: Mapping[str, Callable[[], object]] = {
     "mkldnn": lambda: _backends.mkldnn.enabled,
     "mkldnn deterministic": lambda: _backends.mkldnn.deterministic,
     "mkldnn TF32": lambda: _backends.mkldnn.allow_tf32,
-    "mkldnn precision": lambda: _backends.mkldnn.fp32_precision,
-    "mkldnn convolution precision": lambda: _backends.mkldnn.conv.fp32_precision,
-    "mkldnn matmul precision": lambda: _backends.mkldnn.matmul.fp32_precision,
+    "mkldnn precision": lambda: _precision(_backends.mkldnn),
+    "mkldnn convolution precision": lambda: _precision(_backends.mkldnn.conv),
+    "mkldnn matmul precision": lambda: _precision(_backends.mkldnn.matmul),
     "nnpack": lambda: torch._C._get_nnpack_enabled(),
     "cuDNN": lambda: _backends.cudnn.enabled,
     "cuDNN benchmark": lambda: _backends.cudnn.benchmark,
     "cuDNN deterministic": lambda: _backends.cudnn.deterministic,
     "cuDNN TF32": lambda: _backends.cudnn.allow_tf32,
-    "cuDNN convolution precision": lambda: _backends.cudnn.conv.fp32_precision,
+    "cuDNN convolution precision": lambda: _precision(_backends.cudnn.conv),
     "CUDA matmul TF32": lambda: _backends.cuda.matmul.allow_tf32,
-    "CUDA matmul precision": lambda: _backends.cuda.matmul.fp32_precision,
+    "CUDA matmul precision": lambda: _precision(_backends.cuda.matmul),
     "CUDA matmul in reduced float16": lambda: _backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     "CUDA matmul in reduced bfloat16": lambda: _backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
     "CUDA matmul accumulates float16": lambda: _backends.cuda.matmul.allow_fp16_accumulation,

@@ -197,3 +197,31 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: str) -> None:
         np.savez(path, w=np.array([argparse.Namespace()], dtype=object))
     with pytest.raises(SourceError, match=path.name):
         checkpoints.read(path)
+
+
+def test_weights_of_efficientnet_lite0_by_other_names_are_put_where_they_belong(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("tf_efficientnet_lite0").eval()
+    parts = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    blocks = [name for name, module in net.named_modules() if type(module).__name__.endswith(("Conv", "Residual"))]
+    numbers = {name: f"_blocks.{number}" for number, name in enumerate(blocks)}
+    separable = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    inverted = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+    inverted |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+
+    def by_other_names(name: str) -> str:
+        module, _, tensor = name.rpartition(".")
+        block, _, part = module.rpartition(".")
+        if not block:
+            return f"{parts[part]}.{tensor}"
+        return f"{numbers[block]}.{(separable if block == 'blocks.0.0' else inverted)[part]}.{tensor}"
+
+    state = {by_other_names(name): tensor for name, tensor in net.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    other = timm.create_model("tf_efficientnet_lite0").eval()
+    checkpoints.load(other, checkpoints.read(path), path)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in net.state_dict().items())
+    torch.save({name: tensor for name, tensor in state.items() if "_blocks.3." not in name}, path)
+    with pytest.raises(SourceError, match="expected those of EfficientNet-Lite0"):
+        checkpoints.read(path)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 
-from comparison import digit_images, digits, training
+from comparison import digit_images, digits, sources, training
+from comparison.console import Parser
+from networks import SourceError
+
+from openood_sandi import SandIC
 
 QUICK = training.Recipe(widths=(4, 4, 8), blocks=1, epochs=1)
 OOD_SETS: dict[str, Callable[..., digit_images.Images]] = {
@@ -134,3 +140,26 @@ def test_a_cache_that_cannot_be_written_is_reported(data: tuple[Tensor, Tensor],
 def _same_weights(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["silu_cnn", "vit"])
+def test_networks_of_other_activations_are_trained_cached_and_read_by_s_and_i_c(
+    data: tuple[Tensor, Tensor], tmp_path: Path, name: str
+) -> None:
+    recipe = replace(training.RECIPES[name], epochs=2)
+    first = training.trained(*data, recipe, 0, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith(name) and not first.training
+    assert _same_weights(training.trained(*data, recipe, 0, tmp_path), first)
+    trained_for_longer = training.train(*data, replace(recipe, epochs=4), 0)
+    losses = [F.cross_entropy(net(data[0]), data[1]).item() for net in (first, trained_for_longer)]
+    assert losses[1] < losses[0] < 2.5
+    detector = SandIC(first).fit([data])
+    assert len(detector.split_names) == 3
+
+
+def test_a_network_that_is_not_trained_on_digits_is_refused(tmp_path: Path) -> None:
+    parser = Parser()
+    sources.add_arguments(parser)
+    with pytest.raises(SourceError, match="--network resnet50: --data digits trains its own, one of smallresnet"):
+        sources.load(parser.parse_args(["--network", "resnet50", "--cache", str(tmp_path)]))

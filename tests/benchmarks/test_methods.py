@@ -106,9 +106,13 @@ def test_settings_of_this_package_mean_what_they_say() -> None:
     suite = tiny_suite.suite()
     x = images(suite)
     scores = {name: method.build(suite, CPU, 50)(x)[1] for name, method in methods.available(suite)[0].items()}
-    for same in ("sandi-z-no-attack", "sandi-z-union"):  # facts about the method
-        assert torch.equal(scores[same], scores["gaia-z"])
-    differing = [scores[name] for name in own.SETTINGS if name not in ("sandi-z-no-attack", "sandi-z-union")]
+    same = {  # facts about the method
+        **dict.fromkeys(("sandi-z-no-attack", "sandi-z-union", "sandi-z-neither"), "gaia-z"),
+        "sandi-a-neither": "sandi-a-no-attack",
+    }
+    for name, other in same.items():
+        assert torch.equal(scores[name], scores[other]), name
+    differing = [scores[name] for name in own.SETTINGS if name not in same]
     pairs = [(a, b) for i, a in enumerate(differing) for b in differing[:i]]
     # small steps may leave the pattern of non-zero gradients as it is
     assert sum(torch.equal(a, b) for a, b in pairs) <= 3

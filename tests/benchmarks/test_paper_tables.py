@@ -12,6 +12,7 @@ for module in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 from comparison import paper_tables
+from comparison.methods import own
 from comparison.paper_tables import PUBLISHED
 from comparison.table import FPR_PAPER, Run, results
 
@@ -67,18 +68,20 @@ def test_every_published_value_stands_in_a_table_in_its_place() -> None:
 
 def test_the_ablations_on_imagenet_are_tables_3_to_5_and_step_sizes_are_appendix_d() -> None:
     ablated = imagenet(
-        outcome("sandi-a-no-attack", 0, options={**A, "steps": 1}),
-        outcome("sandi-a-no-splitting", 1, options={**A, "splitting": False}),
-        outcome("neither", 2, options={**A, "steps": 1, "splitting": False}),
+        outcome("sandi-a-no-attack", 0, options=own.SETTINGS["sandi-a-no-attack"][1]),
+        outcome("sandi-a-no-splitting", 1, options=own.SETTINGS["sandi-a-no-splitting"][1]),
+        outcome("sandi-a-neither", 2, options=own.SETTINGS["sandi-a-neither"][1]),
         outcome("gaia-a", 3, options={**A, "steps": 1, "top_fraction": 1.0}),
     )
     found = cells(ablated)
-    for number, method in (("3", "sandi-a-no-attack"), ("4", "sandi-a-no-splitting"), ("5", "neither")):
+    for number, method in (("3", "sandi-a-no-attack"), ("4", "sandi-a-no-splitting"), ("5", "sandi-a-neither")):
         table = found[f"Table {number}"]
         assert [network for _, network in table.index] == ["BiT-S-R101x1", f"resnet50, here ({method})"]
     frame = results([ablated], resamples=2).set_index(["method", "OOD set"])
-    expected = frame.loc[("neither", "textures"), FPR_PAPER]
+    expected = frame.loc[("sandi-a-neither", "textures"), FPR_PAPER]
     assert found["Table 5"]["Textures FPR95"].iloc[1] == f"{expected:.2f}"
+    notes = [table.notes for table in paper_tables.tables(results([ablated], resamples=2), ablated)]
+    assert [number for number, text in enumerate(notes, 2) if "no path that could be split" in text] == [5]
     steps = cells(run(outcome("sandi-z-eta0.002", 0, options={**Z, "step_size": 0.002})))
     rows = steps["Table 7"].loc["S&I, step size 0.002"]
     assert list(rows.index) == ["ResNet-34", "resnet18_32x32, here (sandi-z-eta0.002)"]

@@ -112,3 +112,34 @@ def test_a_network_without_a_linear_last_layer_shares_its_logits() -> None:
     x = next(iter(tiny_suite.suite().in_distribution.loader(5)))[0]
     with torch.no_grad():
         assert torch.equal(shared.SharedNetwork(network, x)(x), network(x))
+
+
+def test_what_the_pass_of_s_and_i_c_leaves_to_others_is_what_they_compute(library: str) -> None:
+    suite, alone = tiny_suite.suite(), tiny_suite.suite()
+    found, _ = methods.available(suite)
+    assert [name for name, method in found.items() if method.first] == ["sandi_c"]
+    first = found["sandi_c"].build(suite, CPU, 7)
+    batches = [batch for images in suite.test_sets for batch, _ in images.loader(7)]
+    for batch in batches:
+        first(batch)
+    passed: list[int] = []
+    hook = suite.network.register_forward_hook(lambda _, given, __: passed.append(len(given[0])))
+    others = {name: found[name].build(suite, CPU, 7) for name in SHARING}
+    shared_scores = {name: [scorer(batch) for batch in batches] for name, scorer in others.items()}
+    hook.remove()
+    assert all(size == 1 for size in passed)
+    single, _ = methods.available(alone)
+    for name, kept in shared_scores.items():
+        scorer = single[name].build(alone, CPU, 7)
+        for batch, (pred, score) in zip(batches, kept, strict=True):
+            expected = scorer(batch)
+            assert torch.equal(pred, expected[0]) and torch.equal(score, expected[1]), name
+
+
+def test_a_pass_of_other_images_is_not_kept() -> None:
+    suite = tiny_suite.suite()
+    x = next(iter(suite.in_distribution.loader(5)))[0]
+    one = shared.SharedPass(suite.network, x)
+    with torch.no_grad(), one.of_another_pass(x):
+        suite.network(x[:1])
+    assert torch.equal(one(x).logits, suite.network(x)) and len(one(x).logits) == 5

@@ -125,6 +125,9 @@ def test_a_set_without_all_of_its_images_is_left_out(root: Path) -> None:
     suite = cifar(root)
     assert names(suite.out_of_distribution) == [("tin", "near"), ("texture", "far")]
     assert any(f"svhn (far-OOD): 1 of 4 images are missing, the first is {lost}" in entry for entry in suite.missing)
+    (root / "benchmark_imglist/cifar10/val_tin.txt").unlink()
+    validation = cifar(root).validation
+    assert validation is not None and names(validation) == [("val cifar10", "ID")], "thresholds need no OOD images"
     (root / "images_classic/cifar10/val/0.png").unlink()
     assert cifar(root).validation is None
     with pytest.raises(SourceError, match=r"--ood svhn: 1 of 4 images"):

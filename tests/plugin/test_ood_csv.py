@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import multiprocessing
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from openood_sandi.plugin import ood_csv
+from openood_sandi.runs import files
 
 HEADER = "dataset,FPR@95,AUROC,AUPR_IN,AUPR_OUT,ACC"
 
@@ -106,3 +111,39 @@ def test_a_failure_leaves_the_table_whole(checkout: Path, tmp_path: Path, monkey
         run.write("svhn")
     assert (tmp_path / "ood.csv").read_bytes() == before
     assert run.evaluator.config.output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("system", ["with locks", "without"])
+def test_runs_at_once_lose_no_row(system: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openood.evaluators.ood_evaluator import OODEvaluator
+
+    if system == "without":
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("none here")))
+    read = ood_csv._read
+
+    def slowly(table: Path) -> Any:
+        rows = read(table)
+        time.sleep(0.01)  # in which the others would write what is lost afterwards
+        return rows
+
+    monkeypatch.setattr(ood_csv, "_read", slowly)
+    names = [[f"set{process}{number}" for number in range(5)] for process in range(4)]
+    forked = multiprocessing.get_context("fork")
+    runs = [forked.Process(target=lambda mine: Run(OODEvaluator, tmp_path).write(*mine), args=(own,)) for own in names]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert sorted(row for row, _ in table(tmp_path)) == sorted(name for own in names for name in own)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_killed_runs_lock_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("none here")))
+    (tmp_path / ".lock").touch()
+    old = time.time() - files._STALE - 1
+    os.utime(tmp_path / ".lock", (old, old))
+    with files.alone(tmp_path):
+        assert (tmp_path / ".lock").stat().st_mtime > old
+    assert not (tmp_path / ".lock").exists()

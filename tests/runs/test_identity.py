@@ -137,6 +137,13 @@ def test_more_settings() -> None:
         torch.set_float32_matmul_precision(precision)
 
 
+def test_a_setting_that_is_named_and_changes_nothing() -> None:
+    """What a careful script does first, and another does not."""
+    before = keys.arithmetic(torch.device("cpu"))
+    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
+    assert keys.arithmetic(torch.device("cpu")) == before
+
+
 @pytest.mark.parametrize("value", [random.Random(0), torch.jit.script(nn.ReLU()), torch.zeros(2, device="meta")])
 def test_what_hides_its_state_is_refused(value: Any) -> None:
     with pytest.raises(keys.Indescribable):

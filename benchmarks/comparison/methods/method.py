@@ -35,3 +35,5 @@ class Method:
     build: Callable[[Suite, torch.device, int], Scorer]
     """Binds it to the suite's network on a device. It may take as long as passes over training or validation images,
     in batches of the size given."""
+    first: bool = False
+    """Whether it is scored before the others, which then need no pass of their own."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI
+from openood_sandi import GradientShortCircuit, PrototypeFusion, SandI, SandIC
 from openood_sandi.detectors.options import options_of
 from openood_sandi.plugin import registry
 
@@ -17,7 +17,7 @@ from ..suite import Suite
 from .baselines import NEEDS, Need
 from .method import Method, Offer, Scorer
 from .network import NetworkParts
-from .shared import SharedMeans, SharedNetwork
+from .shared import SharedMeans, SharedNetwork, SharedSandIC
 
 Z, A = {"variant": "Z"}, {"variant": "A"}
 NO_ATTACK, NO_SPLITTING = {"steps": 1}, {"splitting": False}
@@ -28,11 +28,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gaia-a": ("GAIA-A", {**A, **NO_ATTACK, "top_fraction": 1.0}),
     "sandi-z": ("S&I-Z", Z),
     "sandi-a": ("S&I-A", A),
-    # the paper's ablations; for Z, no attack is GAIA-Z, and without steps there is nothing to split for
+    # the paper's ablations, its Tables 3 to 5; for Z, no attack is GAIA-Z; without steps there is nothing to split for,
+    # so that its third ablation is the first one here
     "sandi-z-no-attack": ("S&I-Z without attack", {**Z, **NO_ATTACK}),
     "sandi-z-no-splitting": ("S&I-Z without splitting", {**Z, **NO_SPLITTING}),
+    "sandi-z-neither": ("S&I-Z with neither", {**Z, **NO_ATTACK, **NO_SPLITTING}),
     "sandi-a-no-attack": ("S&I-A without attack", {**A, **NO_ATTACK}),
     "sandi-a-no-splitting": ("S&I-A without splitting", {**A, **NO_SPLITTING}),
+    "sandi-a-neither": ("S&I-A with neither", {**A, **NO_ATTACK, **NO_SPLITTING}),
     # where to split
     "gaia-z-last-stage": ("GAIA-Z, last stage", {**Z, **NO_ATTACK, "splits": "last_stage"}),
     "gaia-a-all": ("GAIA-A, all layers", {**A, **NO_ATTACK, "top_fraction": 1.0, "splits": "all"}),
@@ -68,7 +71,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
             fitted_on = (*needs, "validation") if "training" in needs else needs
             decisive = {**options, **parts.fingerprints(fitted_on)}
             bound = functools.partial(_build, detector=detector, options=options)
-            methods[name] = Method(name, title, "openood-sandi", decisive, bound)
+            methods[name] = Method(name, title, "openood-sandi", decisive, bound, first=detector is SandIC)
 
     for name, (title, options) in SETTINGS.items():
         add(name, title, SandI, options)
@@ -96,7 +99,7 @@ def _build(
     elif detector is PrototypeFusion:
         means = SharedMeans(network, image, int(options["layers"].removeprefix("last_")))
         network, options = means, {**options, "layers": means.names}
-    made = detector(network, **options)
+    made = (SharedSandIC if detector is SandIC else detector)(network, **options)
     if getattr(made, "fitted", ()):  # others would only get a threshold
         assert suite.training is not None
         held = suite.validation[0].to_fit_on(batch_size) if suite.validation else None

@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.engine.features import Penultimate, pooled, stages
+from openood_sandi import SandIC
+from openood_sandi.detectors.sandi.calibrated_summary import Summary
+from openood_sandi.engine.features import Penultimate, hooked, pooled, stages
 
 from ..environment import free_memory
 
@@ -73,13 +75,27 @@ class SharedPass:
         if not self.keeping:
             return self._computed(x)
         key = _digest(x)
-        if key not in self._known:
-            found = self._computed(x)
-            if found.nbytes > self._free:
-                return found
+        return self._known[key] if key in self._known else self._kept(key, self._computed(x))
+
+    @contextlib.contextmanager
+    def of_another_pass(self, x: Tensor) -> Iterator[None]:
+        """Keeps what the network computes of ``x`` in the block, where another than the methods above passes it."""
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str, given: Tensor, output: Tensor) -> None:
+            seen["logits" if name == "net" else "features"] = (output if name == "net" else given.flatten(1)).clone()
+
+        head = {"head": self.penultimate.head(x).module} if self.penultimate else {}
+        with pooled(self.net, self.stages) as means, hooked({"net": self.net, **head}, see):
+            yield
+        if self.keeping and len(seen["logits"]) == len(x):
+            self._kept(_digest(x), Pass(seen.get("features"), seen["logits"], dict(means)))
+
+    def _kept(self, key: bytes, found: Pass) -> Pass:
+        if key not in self._known and found.nbytes <= self._free:
             self._free -= found.nbytes
             self._known[key] = found
-        return self._known[key]
+        return found
 
     @torch.no_grad()
     def _computed(self, x: Tensor) -> Pass:
@@ -143,6 +159,17 @@ class _Same(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class SharedSandIC(SandIC):
+    """S&I-C, whose pass counts activations and so is its own; what the other methods read is kept of it.
+
+    Scored first, it leaves them nothing to compute.
+    """
+
+    def _summary(self, x: Tensor) -> Summary:
+        with SharedPass.of(self.net, x).of_another_pass(x):
+            return super()._summary(x)
 
 
 @contextlib.contextmanager

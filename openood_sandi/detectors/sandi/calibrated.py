@@ -78,6 +78,8 @@ class SandIC(Detector):
         feature_mean: the mean of h over training images (D,); empty without a linear last layer.
         statistics: mean and standard deviation (2,) over ID images, by quantity. Options other than ``stages`` can be
             changed without another fit.
+        z_gate, floor: q for Z where it is not D's, and the least that b^ counts; ``benchmarks/choose_constants.py``
+            tries others.
 
     Raises:
         ValueError: an option is out of range; at the first batch, if the network calls no activation on maps.
@@ -102,6 +104,8 @@ class SandIC(Detector):
                 raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, choices))}")
         self.options = {"base": base, "gate": gate, "use_z": use_z, "stages": stages}
         self.base, self.gate, self.use_z = base, gate, use_z
+        self.z_gate: float | None = None
+        self.floor = FLOOR
         self._net, self._stages, self._moved = checks.eager_network(net), Stages(stages), Moved()
         self._start()
 
@@ -165,9 +169,10 @@ class SandIC(Detector):
             fitted = f"prototypes are of {', '.join(self.prototypes)}" if self.prototypes else "no prototypes"
             raise RuntimeError(f"{fitted}, expected those of {', '.join(self._found.stages)}: call fit first")
         values = self._values(summary)
-        score = self._base(values).clamp_min(FLOOR)
-        for name in ("d", "z") if self._z_counts else ("d",):
-            score += (self._standard(name, values[name]) - self.gate).clamp_min(0)
+        score = self._base(values).clamp_min(self.floor)
+        z_gate = self.gate if self.z_gate is None else self.z_gate
+        for name, gate in [("d", self.gate), *([("z", z_gate)] if self._z_counts else [])]:
+            score += (self._standard(name, values[name]) - gate).clamp_min(0)
         scores: Tensor = score.masked_fill(summary.max_logit.isnan(), math.nan)
         return scores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +24,23 @@ def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 def _count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
-    if mask.dtype == torch.bool and mask.device.type == "cpu" and positions % 8 == 0 and 256 <= positions <= 8 * 255:
-        # eight positions at a time, each summed in a byte of its own that cannot overflow: several times as fast
-        eighths = mask.contiguous().view(torch.int64).sum(2)
-        return eighths.view(torch.uint8).reshape(*eighths.shape, 8).sum(2, dtype=torch.int32)
+    if mask.dtype == torch.bool and mask.device.type == "cpu" and positions >= 64 and positions % 4 == 0:
+        # four or eight positions at a time, each summed in a byte of its own, of which as many are added up as cannot
+        # overflow it: up to forty times as fast
+        words = mask.contiguous().view(torch.int32 if positions % 8 else torch.int64)
+        at_once = _at_once(words.shape[2])
+        if at_once > 8:
+            sums = words.view(*words.shape[:2], -1, at_once).sum(3, dtype=words.dtype)
+            counts: Tensor = sums.view(torch.uint8).sum(2, dtype=torch.int32)
+            return counts
     # int32 takes a third of the time of int64 on CPUs
     return mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
+
+
+@cache
+def _at_once(words: int) -> int:
+    """The largest divisor that a byte can hold."""
+    return max(count for count in range(1, 256) if words % count == 0)
 
 
 class NonZeroDensity(Observer):

@@ -1,30 +1,28 @@
 """Where gradients are zero, told by forward passes alone: the rectifiers of a network.
 
 A unit that a rectifier cuts off has gradient zero. One that it lets through has a gradient that is not zero, as long as
-something behind it is let through as well: so at a split that feeds a ReLU, directly or by way of a batch norm or a
-residual addition, the pattern of g_i in Eq. 11 is the ReLU's own mask in the pass at z^{i-1}, less what a max-pool
-behind it drops.
+something behind it is let through as well. So the masks of all rectifiers tell the pattern of every gradient of the pass
+that they are taken in (:mod:`.alive`): of g_1 at any split point in the clean pass. At a split that feeds a ReLU,
+directly or by way of a batch norm or a residual addition, what the ReLU cuts off stays cut off along the path, as
+sign(0) = 0: the pattern of g_i in Eq. 11 lies inside that of the ReLU's own mask.
 
-That is proved, not assumed. In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and
-linear layers, every position hands its gradient on to every channel before it, if at every rectifier behind it more
-channels are open at each position than there are output channels with a zero weight, windows leave no position out, and
-the predicted class's row of the last layer is nowhere zero. :class:`RectifiedNetwork` holds what weights and shapes
-say; the open channels are counted image by image, on the clean pass for g_1 and on the pass at z^{i-1} for g_i. Sums
-that cancel to exactly zero remain: one position in 5e8 in float32.
+:class:`RectifiedNetwork` holds what weights and shapes say of this; masks are read image by image.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 
+from openood_sandi.detectors.sandi.alive import BackwardGraph
+from openood_sandi.detectors.sandi.call_graph import CallGraph, UnreadableError, argument, is_normalisation, is_sum
+from openood_sandi.detectors.sandi.links import backward_graph
+from openood_sandi.detectors.sandi.open_channels import OpenChannels, dead_channels
 from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.recorded import Call, Site
 from openood_sandi.engine.split_point import Split
@@ -50,10 +48,13 @@ class Rectifier:
     pool: tuple[int, Call] | None
     needed: int
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether just what is zero in its result is cut off: a ReLU without a max-pool."""
-        return self.pool is None and self.bounds == (0.0, math.inf)
+    def open_(self, result: Tensor) -> Tensor:
+        """As :meth:`mask`, in a byte a position, to be kept."""
+        low, high = self.bounds
+        open_ = result.bool() if low == 0 else result > low  # the quickest to take; no result is below the bounds
+        if not math.isinf(high):
+            open_ &= _below(result, high)
+        return open_ if self.pool is None else open_ & _winners(result, self.pool[1])
 
     def mask(self, result: Tensor) -> Tensor:
         """Where the rectifier's input has a gradient, 1 or True there, from its result (N, K, ...)."""
@@ -72,15 +73,22 @@ class RectifiedNetwork:
 
     Attributes:
         rectifiers: all of them by position.
-        gates: for each split, the position of the rectifier that it feeds.
+        places: for each split, the position of the call whose result it is.
+        shapes: of the result at each of these places, without the images' dimension.
+        gates: for each split that feeds a rectifier and nothing else, the position of that.
         call_names: the calls that positions are counted in.
-        open_rows: (classes,) whether the last layer's row of a class is nowhere zero.
+        backward: the ways of gradients back from the logits.
+        open_rows: (classes,) whether the last layer's row of a class is nowhere zero; None where counts of open channels
+            do not prove the patterns along paths, g_2 and on, at all splits (:mod:`.open_channels`).
     """
 
     rectifiers: Mapping[int, Rectifier]
+    places: Mapping[Site, int]
+    shapes: Mapping[int, Size]
     gates: Mapping[Site, int]
     call_names: tuple[str, ...]
-    open_rows: Tensor
+    backward: BackwardGraph
+    open_rows: Tensor | None
 
     @property
     def has_max_pool(self) -> bool:
@@ -90,17 +98,23 @@ class RectifiedNetwork:
 
 def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> RectifiedNetwork | None:
     """The network's rectifiers, from a recorded pass; None where masks do not tell the patterns at all ``splits``."""
-    held = found.positions(splits)
-    if len(held) < len(splits) or found.output is None or _reads_data(found.calls):
+    places = found.positions(splits)
+    if len(places) < len(splits) or found.output is None or _reads_data(found.calls):
         return None
-    graph = _Graph(found.calls, found.output)
+    graph = CallGraph(found.calls, found.output)
     try:
-        rectifiers = dict(graph.rectifiers())
-        open_rows = graph.open_rows()
-        gates = {site: graph.gate(position) for site, position in held.items()}
-    except _Unreadable:
+        _require_maps(graph)
+        rectifiers = _rectifiers(graph)
+        backward = backward_graph(graph, frozenset(rectifiers))
+        gates = dict(_gates(graph, places, rectifiers))
+        for split in splits:
+            if split.site not in gates:
+                _require_all_behind(graph, places[split.site], found.span(split))
+    except UnreadableError:
         return None
-    return RectifiedNetwork(rectifiers, gates, found.call_names, open_rows)
+    rectifiers, open_rows = _with_counts(graph, rectifiers, all_gated=len(gates) == len(splits))
+    shapes = {place: graph.shape(place)[1:] for place in places.values()}
+    return RectifiedNetwork(rectifiers, places, shapes, gates, found.call_names, backward, open_rows)
 
 
 def _reads_data(calls: Sequence[Call]) -> bool:
@@ -109,204 +123,91 @@ def _reads_data(calls: Sequence[Call]) -> bool:
     return any(not tells_of_form(call.name) for call in read)
 
 
-class _Unreadable(Exception):
-    """The network has something that no mask tells of."""
-
-
 _PRECISE = (torch.float32, torch.float64)
 """Sums of products in fewer bits are zero by accident, or too small, all the time."""
-_POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
-_VIEWS = frozenset(("flatten", "view", "reshape"))
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
-class _Graph:
-    """The calls of a recorded pass that lead from the images to the logits, and who uses their results."""
+def _require_maps(graph: CallGraph) -> None:
+    """Raises UnreadableError where a result is not one precise tensor with as many rows as there are images."""
+    rows = set()
+    for _, call in graph:
+        is_map = isinstance(call.result, Tensor) and call.result.dim() > 1 and bool(call.producers)
+        if not is_map or call.result.dtype not in _PRECISE:
+            raise UnreadableError
+        rows.add(len(call.result))
+    if len(rows) > 1 or graph.calls[graph.output].result.dim() != 2:
+        raise UnreadableError
 
-    def __init__(self, calls: Sequence[Call], output: int) -> None:
-        self.calls, self.output = calls, output
-        self.consumers: dict[int, list[int]] = defaultdict(list)
-        waiting, self._used = [output], {output}
-        while waiting:  # results that do not reach the logits hand on no gradient: not even listed
-            position = waiting.pop()
-            for producer in calls[position].producers:
-                self.consumers[producer].append(position)
-                if producer >= 0 and producer not in self._used:
-                    self._used.add(producer)
-                    waiting.append(producer)
 
-    def rectifiers(self) -> Iterator[tuple[int, Rectifier]]:
-        """Every rectifier, after a look at every call.
+def _rectifiers(graph: CallGraph) -> dict[int, Rectifier]:
+    """Every rectifier by its position.
 
-        Raises:
-            _Unreadable: a call is of another kind than those named at the top, or leaves some of its input out.
-        """
-        rows = set()
-        for position, call in self._derived():
-            is_map = isinstance(call.result, Tensor) and call.result.dim() > 1 and bool(call.producers)
-            if not is_map or call.result.dtype not in _PRECISE or not self._is_covered(position):
-                raise _Unreadable
-            rows.add(len(call.result))
-            if len(rows) > 1:  # images folded into the batch, or something that is none of them
-                raise _Unreadable
-            bounds = _bounds(call)
-            if bounds is not None:
-                if not self._spreads(position):
-                    raise _Unreadable
-                needed = 1 + self._zero_weights(call.producers[0])
-                yield position, Rectifier(position, bounds, self._max_pool_behind(position), needed)
-            elif not (self._is_linear(call) or self._is_pool(position) or self._acts_by_position(position)):
-                raise _Unreadable
+    Raises:
+        UnreadableError: a max-pool is not behind one, so that it drops positions that no mask tells of.
+    """
+    found = {}
+    for position, call in graph:
+        bounds = _bounds(call)
+        if bounds is not None:
+            found[position] = Rectifier(position, bounds, _max_pool_behind(graph, position), needed=1)
+        if call.name == "max_pool2d":
+            before = found.get(call.producers[0])
+            if before is None or before.pool is None or before.pool[0] != position:
+                raise UnreadableError
+    return found
 
-    def gate(self, split: int) -> int:
-        """The rectifier that a split's tensor feeds."""
-        here = split
-        while len(self.consumers[here]) == 1:
-            here = self.consumers[here][0]
-            if _bounds(self.calls[here]) is not None:
-                return here
-            if not self._acts_by_position(here) or self._dead_channels(here):
+
+def _max_pool_behind(graph: CallGraph, position: int) -> tuple[int, Call] | None:
+    behind = graph.consumers[position]
+    if len(behind) == 1 and graph.calls[behind[0]].name == "max_pool2d":
+        return behind[0], graph.calls[behind[0]]
+    return None
+
+
+def _gates(
+    graph: CallGraph, places: Mapping[Site, int], rectifiers: Mapping[int, Rectifier]
+) -> Iterator[tuple[Site, int]]:
+    """The splits whose tensor feeds one rectifier, as it is or by way of calls that keep positions and channels."""
+    for site, here in places.items():
+        while len(graph.consumers[here]) == 1:
+            here = graph.consumers[here][0]
+            if here in rectifiers:
+                yield site, here
                 break
-        raise _Unreadable
-
-    def open_rows(self) -> Tensor:
-        """(classes,): whether the row of the last layer is nowhere zero."""
-        position = self.output
-        while position >= 0 and self.calls[position].name in (*_POOLS, *_VIEWS):
-            position = self.calls[position].producers[0]
-        if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
-            raise _Unreadable
-        rows = (_weight(self.calls[position]) != 0).flatten(1).all(1)
-        if self.calls[self.output].result.shape[1:] != rows.shape:
-            raise _Unreadable
-        return rows
-
-    def _derived(self) -> Iterator[tuple[int, Call]]:
-        for position in sorted(self._used):
-            yield position, self.calls[position]
-
-    def _is_linear(self, call: Call) -> bool:
-        if call.name in ("linear", "conv2d") and bool((_weight(call) == 0).all(0).any()):
-            return False  # some input is not read at all
-        if call.name == "linear":
-            return bool(call.result.dim() == 2)
-        return call.name == "conv2d" and _argument(call, 6, "groups", 1) == 1
-
-    def _is_pool(self, position: int) -> bool:
-        call = self.calls[position]
-        if call.name == "max_pool2d":  # behind anything but a rectifier it drops positions that no mask tells of
-            before = call.producers[0]
-            pool = self._max_pool_behind(before) if before >= 0 and _bounds(self.calls[before]) is not None else None
-            return pool is not None and pool[0] == position
-        if call.name in _POOLS:
-            return self._is_mean_of_positions(call)
-        return self._is_part(call) or self._is_view_of_positions(position)
-
-    def _is_part(self, call: Call) -> bool:
-        """Whether it adds zeros, or takes slices of dimensions other than that of the images, beside a call that reads
-        all of its input."""
-        if call.name == "pad":
-            amounts = _argument(call, 1, "pad", ())
-            constant = _argument(call, 2, "mode", "constant") == "constant"
-            return bool(call.result.dim() == 4 and constant and min(amounts, default=0) >= 0)
-        index = call.args[1] if call.name == "__getitem__" and len(call.args) > 1 else ()
-        slices = isinstance(index, tuple) and all(isinstance(item, slice) for item in index)
-        return bool(slices and index[:1] == (slice(None),) and call.result.dim() == 4)
-
-    def _is_mean_of_positions(self, call: Call) -> bool:
-        """Whether a pool keeps images and channels apart, as all but some means do."""
-        if call.name != "mean":
-            return True
-        dims = _argument(call, 1, "dim", None)
-        dims = (dims,) if isinstance(dims, int) else dims
-        before = call.producers[0]
-        rank = self.calls[before].result.dim() if before >= 0 else 0
-        return bool(rank and dims) and all(dim % rank > 1 for dim in dims)
-
-    def _is_view_of_positions(self, position: int) -> bool:
-        """Whether a view keeps images and channels apart, or is for linear layers alone, which read all there is."""
-        call, behind = self.calls[position], self.consumers[position]
-        if call.name not in _VIEWS:
-            return False
-        before = call.producers[0]
-        kept = before >= 0 and self.calls[before].result.shape[:2] == call.result.shape[:2]
-        return kept or (bool(behind) and all(self.calls[p].name == "linear" for p in behind))
-
-    def _spreads(self, position: int) -> bool:
-        """Whether a layer that mixes channels reads all of the call's result, before another rectifier does."""
-        for behind in self.consumers[position]:
-            call = self.calls[behind]
-            if self._is_linear(call):
-                return True
-            if _bounds(call) is None and not self._dead_channels(behind) and self._spreads(behind):
-                return True
-        return False
-
-    def _dead_channels(self, position: int) -> int:
-        """How many channels a batch norm multiplies by zero; none for other calls."""
-        call = self.calls[position]
-        scale = _argument(call, 3, "weight", None) if call.name == "batch_norm" else None
-        return int((scale == 0).sum()) if isinstance(scale, Tensor) else 0
-
-    def _acts_by_position(self, position: int) -> bool:
-        """Whether the call is a plain addition of two results of one shape, or a batch norm in eval mode."""
-        call = self.calls[position]
-        if call.name == "batch_norm":
-            # torch.batch_norm has the same name and its arguments in another order
-            return (
-                call.func is F.batch_norm
-                and len(call.producers) == 1
-                and _argument(call, 5, "training", False) is False
-            )
-        if call.name not in ("add", "__add__", "__radd__") or len(set(call.producers)) != 2:
-            return False
-        shapes = {self.calls[p].result.shape if p >= 0 else None for p in (*call.producers, position)}
-        return len(shapes) == 1 and call.kwargs.get("alpha", 1) == 1
-
-    def _max_pool_behind(self, position: int) -> tuple[int, Call] | None:
-        behind = self.consumers[position]
-        if len(behind) == 1 and self.calls[behind[0]].name == "max_pool2d":
-            return behind[0], self.calls[behind[0]]
-        return None
-
-    def _zero_weights(self, position: int) -> int:
-        """In how many output channels, at most, an input of the layers before has a zero weight."""
-        if position < 0:
-            return 0
-        call = self.calls[position]
-        if call.name in ("linear", "conv2d"):
-            return int((_weight(call) == 0).sum(0).max())
-        if _bounds(call) is not None or call.name == "max_pool2d":
-            return 0
-        return self._dead_channels(position) + sum(self._zero_weights(producer) for producer in call.producers)
-
-    def _is_covered(self, position: int) -> bool:
-        """Whether every position of the call's result lies in some window of the calls that use it."""
-        result, behind = self.calls[position].result, self.consumers[position]
-        if result.dim() != 4 or not behind:
-            return True
-        partly = [self.calls[p] for p in behind if self.calls[p].name in ("conv2d", "avg_pool2d", "__getitem__")]
-        if len(partly) < len(behind):
-            return True
-        windowed = [call for call in partly if call.name != "__getitem__"]
-        covered = torch.zeros(result.shape[2:], dtype=torch.bool)
-        for call in windowed:
-            covered |= _window(call, result.shape[2:])
-        return bool(covered.all())
+            call = graph.calls[here]
+            if not (is_normalisation(call) or is_sum(graph, here)) or dead_channels(call):
+                break
 
 
-def _window(call: Call, size: Sequence[int]) -> Tensor:
-    """Which positions (H, W) of its input a convolution or an average pool reads."""
-    with torch.enable_grad():
-        x = torch.zeros(1, 1, *size, requires_grad=True)
-        if call.name == "conv2d":
-            kernel = torch.ones(1, 1, *_weight(call).shape[2:])
-            names = ("stride", "padding", "dilation")
-            given = {name: _argument(call, 3 + k, name, None) for k, name in enumerate(names)}
-            result = F.conv2d(x, kernel, None, **{name: value for name, value in given.items() if value is not None})
-        else:
-            result = call.func(x, *call.args[1:], **{k: v for k, v in call.kwargs.items() if k != "input"})
-        return torch.autograd.grad(result.sum(), x)[0][0, 0] != 0
+def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
+    """Raises UnreadableError where some of what uses a split's tensor may have got it before, or beside, the split, or
+    where it leads nowhere."""
+    users = graph.consumers[place]
+    if place not in span or any(user < span.stop for user in users) or not (users or place == graph.output):
+        raise UnreadableError
+
+
+def _with_counts(
+    graph: CallGraph, rectifiers: dict[int, Rectifier], all_gated: bool
+) -> tuple[dict[int, Rectifier], Tensor | None]:
+    """The rectifiers with the number of open channels that each needs, and :attr:`RectifiedNetwork.open_rows`."""
+    if not all_gated:
+        return rectifiers, None
+    try:
+        counts = OpenChannels(graph, frozenset(rectifiers))
+        open_rows = counts.open_rows()
+    except UnreadableError:
+        return rectifiers, None
+    return {p: replace(rectifier, needed=counts.needed[p]) for p, rectifier in rectifiers.items()}, open_rows
+
+
+def _below(result: Tensor, high: float) -> Tensor:
+    """Where numbers, none of which is above ``high``, are not that."""
+    if result.device.type != "cpu" or high not in range(1, 128) or bool(result.amin() < 0):
+        return result < high
+    whole = result.to(torch.int8)  # rounded down: on CPUs, to compare bytes is several times as fast
+    return torch.lt(whole, int(high), out=torch.empty_like(whole)).view(torch.bool)
 
 
 def _winners(rectified: Tensor, pool: Call) -> Tensor:
@@ -321,16 +222,5 @@ def _winners(rectified: Tensor, pool: Call) -> Tensor:
 def _bounds(call: Call) -> tuple[float, float] | None:
     """What a rectifier lets through lies strictly between these; None for any other call."""
     if call.name == "hardtanh":
-        return float(_argument(call, 1, "min_val", -1.0)), float(_argument(call, 2, "max_val", 1.0))
+        return float(argument(call, 1, "min_val", -1.0)), float(argument(call, 2, "max_val", 1.0))
     return _BOUNDS.get(call.name)
-
-
-def _weight(call: Call) -> Tensor:
-    weight = _argument(call, 1, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise _Unreadable
-    return weight
-
-
-def _argument(call: Call, place: int, name: str, default: Any) -> Any:
-    return call.args[place] if len(call.args) > place else call.kwargs.get(name, default)

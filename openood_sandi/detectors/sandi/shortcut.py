@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openood_sandi.detectors.sandi.alive_density import AliveDensity
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
-from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.devices import fetch, is_autocast, rows_where, take
 from openood_sandi.engine.network import SplitNetwork, Weights
 from openood_sandi.engine.recorded import Site
@@ -37,14 +37,12 @@ class ReadDensity(Observer):
     """E of Eq. 11 read off the rectifiers of the passes of a walk.
 
     Args:
-        rectified: the network's rectifiers.
+        rectified: the network's rectifiers, with counts that prove.
         density: takes in the patterns.
-        forward_suffices: whether the pattern of g_1 is all there is to know.
     """
 
-    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, forward_suffices: bool) -> None:
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity) -> None:
         self.density = density
-        self.only_listens = forward_suffices
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
         self._rectified = rectified
@@ -60,15 +58,10 @@ class ReadDensity(Observer):
         rectifier = self._rectified.rectifiers.get(position)
         if rectifier is None or self.lost:
             return
-        result = result.detach()
-        if rectifier.is_plain and self.only_listens and rectifier.needed == 1:
-            mask, through = result.bool(), result.sum(1)  # the quickest to count; no result is negative
-        else:
-            mask = rectifier.mask(result)
-            through = mask.sum(1)
+        mask = rectifier.mask(result.detach())
         for site in self._sites[position]:
             self.density.pattern(site, mask)
-        self._note(through, rectifier)
+        self._note(mask.sum(1), rectifier)
 
     def _note(self, through: Tensor, rectifier: Rectifier) -> None:
         """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
@@ -91,9 +84,8 @@ class ReadDensity(Observer):
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
         rows = self._rectified.open_rows
-        if not self.only_listens:  # a step may change the class
-            rows = rows.all().expand(len(rows))
-        unproved = ~rows[logits.argmax(1)]
+        assert rows is not None
+        unproved = ~rows.all().expand(len(logits))  # of any class, as a step may change it
         for (_, needed), fewest in self._fewest.items():
             least = fewest.reshape(len(fewest), -1).amin(1)
             unproved = unproved | (least <= 0 if needed == 1 else least < needed)
@@ -157,9 +149,9 @@ class ShortcutDensities:
         kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
         weights = self._network.weights()
         # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
-        sums = self._sums.get(weights.counted) or Weights.values(fetch(*weights.sums))
-        self._sums = {weights.counted: sums}
-        key = (*kind, weights.counted, sums)
+        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
+        self._sums = {weights.known: sums}
+        key = (*kind, weights.known, sums)
         if key not in self._rectified:
             rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
             self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
@@ -197,13 +189,20 @@ class ShortcutDensities:
         # what loses to a neighbour may win after the neighbour's step.
         union = self._combine == "union" and not rectified.has_max_pool
         forward_suffices = self._attack.steps == 1 or union
-        density = NonZeroDensity(splits, 1 if union else self._attack.steps, self._combine)
-        read = ReadDensity(rectified, density, forward_suffices)
-        walk = Walk(self._steps_alone, Attack(1) if forward_suffices else self._attack)
-        logits = self._network.walk(x, walk, read, () if forward_suffices else splits)
+        density = NonZeroDensity(splits, 1 if forward_suffices else self._attack.steps, self._combine)
+        read: AliveDensity | ReadDensity
+        if forward_suffices:
+            read = AliveDensity(rectified, density, along_paths=self._attack.steps > 1)
+            logits = self._network.walk(x, Walk(self._steps_alone), read, ())
+        elif rectified.open_rows is not None:
+            read = ReadDensity(rectified, density)
+            logits = self._network.walk(x, Walk(self._steps_alone, self._attack), read)
+        else:
+            return x, None, x
         if read.lost:
-            return logits, None, logits.new_zeros(0, dtype=torch.bool)
-        return logits, density.densities(), read.unproved(logits)
+            return logits, None, logits
+        unproved = read.unproved(logits)
+        return logits, density.densities(), unproved
 
     def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: list[int], key: object) -> bool:
         """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.

@@ -1,0 +1,305 @@
+"""What each kind of call hands back of its gradient's pattern: which places of its operands its result was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+
+import torch
+from torch import Size, Tensor
+
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Pattern, Where, everywhere_as_none, union
+from openood_sandi.detectors.sandi.call_graph import (
+    CallGraph,
+    UnreadableError,
+    argument,
+    is_normalisation,
+    is_sum,
+    weight_of,
+)
+from openood_sandi.detectors.sandi.windows import Windows
+from openood_sandi.engine.recorded import Call, Produced
+
+__all__ = ["backward_graph"]
+
+_CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
+_TO_ALL_CHANNELS = frozenset(("conv2d", "linear"))
+
+
+def backward_graph(graph: CallGraph, rectifiers: frozenset[int]) -> BackwardGraph:
+    """The ways of gradients back through a network.
+
+    Args:
+        graph: its calls.
+        rectifiers: the positions of those among them; their masks stand for their links.
+
+    Raises:
+        UnreadableError: a call is of a kind that is not known here.
+    """
+    links: dict[int, list[tuple[int, Link]]] = {}
+    for position, _ in graph:
+        for producer, link in _links(graph, position, position in rectifiers):
+            if producer >= 0:  # what is handed back to the images is of no use
+                links.setdefault(producer, []).append((position, link))
+    for uses in links.values():
+        uses.sort(key=lambda use: graph.calls[use[0]].name not in _TO_ALL_CHANNELS)
+    return BackwardGraph(graph.output, {position: links[position] for position in sorted(links, reverse=True)})
+
+
+def _links(graph: CallGraph, position: int, is_rectifier: bool) -> Iterator[tuple[int, Link]]:
+    """The operands of a call that depend on the images, and the link to each."""
+    call = graph.calls[position]
+    if is_sum(graph, position):
+        yield from ((producer, _unchanged) for producer in call.producers)
+    elif call.name in _CONCATENATIONS:
+        yield from _concatenation(graph, call)
+    elif len(call.producers) != 1 or not (is_rectifier or call.name in _LINKS):
+        raise UnreadableError
+    elif is_rectifier or call.producers[0] < 0:
+        yield call.producers[0], _unchanged
+    else:
+        yield call.producers[0], _LINKS[call.name](call, graph.shape(call.producers[0]))
+
+
+def _unchanged(pattern: Pattern) -> Pattern:
+    return pattern
+
+
+def _each(change: Callable[[Tensor], Where]) -> Link:
+    """The link that changes both maps of a pattern where they are not True everywhere."""
+    return lambda pattern: pattern.each(lambda where: None if where is None else change(where))
+
+
+def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
+    """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
+    return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
+
+
+def _filled(where: Where, like: Tensor) -> Tensor:
+    """A map (B or 1, K or 1, ...) with all the positions that ``like`` has."""
+    if where is None:
+        return torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
+    return where.expand(-1, -1, *like.shape[2:])
+
+
+# ---------------------------------------------------------------------- layers that mix channels
+
+
+def _convolution(call: Call, given: Size) -> Link:
+    weight, groups = weight_of(call), argument(call, 6, "groups", 1)
+    nonzero = (weight != 0).detach()
+    windows = Windows.of_convolution(call, given, weight.shape[2:])
+    by_group = nonzero.view(groups, -1, *nonzero.shape[1:])
+    read = by_group.any(1)  # whether a place of the window is read at all, in a channel
+    zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
+    reached = windows if bool(read.all()) else partial(windows.weighted, read=read.flatten(0, 1))
+
+    def change(where: Tensor) -> Where:
+        if where.shape[1] == 1:
+            return reached(where)
+        parts = where.view(len(where), groups, -1, *where.shape[2:])
+        if zeros == 0:
+            return reached(_of_all_channels(_any(parts), given[1]))
+        counts = _counts(parts)
+        # each place is read in more open channels than could have a zero weight there, or it may be read in none
+        found = reached(_of_all_channels(counts > zeros, given[1]))
+        unclear = (counts > 0) & (counts <= zeros)
+        if found is None or (where.device.type == "cpu" and not unclear.any()):
+            return found
+        return union(found, windows.through_weights(where, unclear.any(1), by_group))
+
+    return _each_filled(change, call.result)
+
+
+def _any(parts: Tensor) -> Tensor:
+    """(B, groups, H, W): where some channel of a group is True, of (B, groups, channels, H, W)."""
+    return parts[:, :, 0] if parts.shape[2] == 1 else parts.view(torch.uint8).amax(2).view(torch.bool)
+
+
+def _counts(parts: Tensor) -> Tensor:
+    """(B, groups, H, W): how many channels of a group are True, of (B, groups, channels, H, W)."""
+    counts = parts.new_zeros(1, dtype=torch.int32)
+    for start in range(0, parts.shape[2], 255):  # so many are summed in a byte, several times as fast as in more
+        few = parts[:, :, start : start + 255].view(torch.uint8)
+        counts = counts + few.sum(2, dtype=torch.uint8)
+    return counts
+
+
+def _of_all_channels(where: Tensor, channels: int) -> Tensor:
+    """A map with a channel for each group as one of all ``channels``; one of a single group stays as it is."""
+    groups = where.shape[1]
+    return where if groups in (1, channels) else where.repeat_interleave(channels // groups, 1)
+
+
+def _linear(call: Call, given: Size) -> Link:
+    if call.result.dim() != 2:
+        raise UnreadableError
+    through = _through_matrix((weight_of(call) != 0).detach())
+    return lambda pattern: pattern.each(through)
+
+
+def _through_matrix(nonzero: Tensor) -> Callable[[Where], Where]:
+    """From maps (B, outputs or 1) to maps (B, inputs or 1), through weights (outputs, inputs)."""
+    read = everywhere_as_none(nonzero.any(0, keepdim=True))
+    every = bool(nonzero.all())
+
+    def change(where: Where) -> Where:
+        if where is None:
+            return read
+        if every or where.shape[1] == 1:
+            some = where.any(1, keepdim=True)
+            return everywhere_as_none(some if read is None else some & read)
+        return everywhere_as_none(where.float() @ nonzero.float() > 0)  # no number is negative: none cancel
+
+    return change
+
+
+# ---------------------------------------------------------------------- layers that keep channels apart
+
+
+def _normalisation(call: Call, given: Size) -> Link:
+    if not is_normalisation(call):
+        raise UnreadableError
+    scale = argument(call, 3, "weight", None)
+    if not isinstance(scale, Tensor) or bool((scale != 0).all()):
+        return _unchanged
+    kept = (scale != 0).detach().view(1, -1, *[1] * (len(given) - 2))
+    return lambda pattern: pattern.each(lambda where: kept if where is None else where & kept)
+
+
+def _dropout(call: Call, given: Size) -> Link:
+    if argument(call, 2, "training", True) is not False:
+        raise UnreadableError
+    return _unchanged
+
+
+def _average_pool(call: Call, given: Size) -> Link:
+    return _each_filled(Windows.of_pool(call, given), call.result)
+
+
+def _max_pool(call: Call, given: Size) -> Link:
+    """Every position, less those where no window, or not every window, hands on to its winner: who wins is the matter
+    of the rectifier before it, whose mask has winners alone."""
+    windows = Windows.of_pool(call, given)
+
+    def every_window(where: Where) -> Where:
+        if where is None:
+            return None
+        some_closed = windows(~_filled(where, call.result))
+        return torch.zeros_like(where[:1, :1, :1, :1]) if some_closed is None else ~some_closed
+
+    def some_window(where: Where) -> Where:
+        return None if where is None else windows(_filled(where, call.result))
+
+    if windows.are_apart:
+        return lambda pattern: pattern.each(some_window)
+    return lambda pattern: Pattern(every_window(pattern.surely), some_window(pattern.possibly))
+
+
+def _adaptive_pool(call: Call, given: Size) -> Link:
+    behind = call.result
+
+    def change(where: Tensor) -> Where:
+        for dim, size in ((2, given[2]), (3, given[3])):
+            results = behind.shape[dim]
+            out = where.new_zeros([*where.shape[:dim], size, *where.shape[dim + 1 :]])
+            for place in range(results):
+                start, stop = place * size // results, -(-(place + 1) * size // results)
+                out.narrow(dim, start, stop - start).logical_or_(where.narrow(dim, place, 1))
+            where = out
+        return everywhere_as_none(where)
+
+    return _each_filled(change, behind) if behind.shape[2:].numel() > 1 else _unchanged
+
+
+def _mean(call: Call, given: Size) -> Link:
+    dims = argument(call, 1, "dim", None)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not dims or not all(isinstance(dim, int) and dim % len(given) > 0 for dim in dims):
+        raise UnreadableError
+    gone = sorted(dim % len(given) for dim in dims)
+    if call.result.dim() == len(given):
+        return _unchanged
+    return _each(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where))
+
+
+def _view(call: Call, given: Size) -> Link:
+    behind = call.result.shape
+    if behind == given:
+        return _unchanged
+    if behind.numel() != given.numel() or behind[0] != given[0]:
+        raise UnreadableError
+
+    def change(where: Tensor) -> Tensor:
+        if where[0].numel() == 1:
+            return where.view(-1, *[1] * (len(given) - 1))
+        return where.expand(-1, *behind[1:]).reshape(-1, *given[1:])
+
+    return _each(change)
+
+
+def _padding(call: Call, given: Size) -> Link:
+    amounts = argument(call, 1, "pad", ())
+    if argument(call, 2, "mode", "constant") != "constant" or min(amounts, default=0) < 0:
+        raise UnreadableError
+    before = {call.result.dim() - 1 - k // 2: amounts[k] for k in range(0, len(amounts), 2)}
+
+    def change(where: Tensor) -> Where:
+        for dim, amount in before.items():
+            where = where if where.shape[dim] == 1 else where.narrow(dim, amount, given[dim])
+        return everywhere_as_none(where.contiguous())
+
+    return _each(change)
+
+
+def _slices(call: Call, given: Size) -> Link:
+    index = call.args[1] if len(call.args) > 1 else ()
+    is_tuple = isinstance(index, tuple) and all(isinstance(item, slice) for item in index)
+    if not is_tuple or index[:1] != (slice(None),):
+        raise UnreadableError
+    taken = [dim for dim, item in enumerate(index) if len(range(*item.indices(given[dim]))) < given[dim]]
+    behind = call.result
+
+    def change(where: Where) -> Where:
+        where = torch.ones([1] * behind.dim(), dtype=torch.bool, device=behind.device) if where is None else where
+        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in range(behind.dim())])
+        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in range(behind.dim())])
+        out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
+        return everywhere_as_none(out)
+
+    return lambda pattern: pattern.each(change) if taken else pattern
+
+
+def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
+    parts: Sequence[object] = call.args[0] if call.args else call.kwargs["tensors"]
+    dim = argument(call, 1, "dim", call.kwargs.get("axis", 0)) % call.result.dim()
+    if dim == 0:
+        raise UnreadableError
+    start = 0
+    for part in parts:
+        shape = graph.shape(part.by) if isinstance(part, Produced) else part.shape  # type: ignore[attr-defined]
+        if isinstance(part, Produced):
+            yield part.by, _each(_part(dim, start, shape[dim]))
+        start += shape[dim]
+
+
+def _part(dim: int, start: int, length: int) -> Callable[[Tensor], Where]:
+    def change(where: Tensor) -> Where:
+        return where if where.shape[dim] == 1 else everywhere_as_none(where.narrow(dim, start, length))
+
+    return change
+
+
+_LINKS: dict[str, Callable[[Call, Size], Link]] = {
+    "conv2d": _convolution,
+    "linear": _linear,
+    "batch_norm": _normalisation,
+    "dropout": _dropout,
+    "avg_pool2d": _average_pool,
+    "max_pool2d": _max_pool,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "mean": _mean,
+    "pad": _padding,
+    "__getitem__": _slices,
+    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone"), _view),
+}
