@@ -7,9 +7,8 @@ may change places, without a bit of the norm changing. So the bytes are read, on
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,39 +35,42 @@ class Fingerprint:
         tensors: they keep their memory as long as this is used.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
         self._arrays: dict[int, tuple[NDArray[np.uint64], NDArray[np.uint8]]] = {}
         """Of the CPU's memory, by address: tensors may share it."""
         self._elsewhere: dict[torch.device, list[Tensor]] = defaultdict(list)
-        self._unread: list[Tensor] = []
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
-                if tensor.layout != torch.strided:
-                    self._unread.append(tensor)
-                elif tensor.device.type != "cpu":
+                if tensor.layout != torch.strided:  # the counts alone tell of these
+                    continue
+                if tensor.device.type != "cpu":
                     self._elsewhere[tensor.device].append(tensor)
-                else:
-                    self._add(tensor.untyped_storage())
+                    continue
+                memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+                whole = len(memory) // _ROW * _ROW
+                lanes = memory[:whole].view(np.uint64).reshape(-1, _LANES)
+                self._arrays[tensor.untyped_storage().data_ptr()] = lanes, memory[whole:]
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        whole = len(memory) // _ROW * _ROW
-        self._arrays[storage.data_ptr()] = memory[:whole].view(np.uint64).reshape(-1, _LANES), memory[whole:]
+    def counts(self) -> list[int | None]:
+        """How often each of the tensors was written to, as far as torch counts it."""
+        with torch._C.DisableTorchFunction():
+            return list(map(version, self._tensors))
 
-    def __call__(self) -> tuple[bytes, list[Tensor]]:
-        """What the host has read, and the sums that are on other devices, one tensor each, to be fetched from there."""
-        digest = hashlib.blake2b(repr([version(tensor) for tensor in self._unread]).encode(), digest_size=16)
-        for rows, rest in self._arrays.values():
-            digest.update(np.add.reduce(rows, axis=0).data)
-            digest.update(rest.data)
+    def sums(self) -> list[Tensor]:
+        """The sums of lanes, and the elements that fill none: (N,) on each device that has any of the tensors."""
+        found = []
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-            devices = self._elsewhere.values()
-            sums = [torch.cat([part for tensor in device for part in _lanes(tensor.detach())]) for device in devices]
-        return digest.digest(), sums
+            if self._arrays:  # NumPy sums integers four times as fast as torch does on the CPU
+                arrays = self._arrays.values()
+                parts = [part for rows, rest in arrays for part in (np.add.reduce(rows, 0).view(np.uint8), rest)]
+                found.append(torch.from_numpy(np.concatenate(parts)))
+            for tensors in self._elsewhere.values():
+                found.append(torch.cat([part for tensor in tensors for part in _lanes(tensor.detach())]))
+        return found
 
 
 def _lanes(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of lanes, and the elements that fill none, (N,) int64 each."""
     bits = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
     bits = bits.view(_INTEGERS[bits.element_size()])
     whole = len(bits) // _LANES * _LANES

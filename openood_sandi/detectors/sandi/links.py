@@ -26,20 +26,23 @@ _CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
 _TO_ALL_CHANNELS = frozenset(("conv2d", "linear"))
 
 
-def backward_graph(graph: CallGraph, rectifiers: frozenset[int]) -> BackwardGraph:
+def backward_graph(graph: CallGraph, rectifiers: frozenset[int], first: int) -> BackwardGraph:
     """The ways of gradients back through a network.
 
     Args:
         graph: its calls.
         rectifiers: the positions of those among them; their masks stand for their links.
+        first: the position of the first result whose gradient is asked for; what lies before it may be anything.
 
     Raises:
         UnreadableError: a call is of a kind that is not known here.
     """
     links: dict[int, list[tuple[int, Link]]] = {}
-    for position, _ in graph:
+    for position, call in graph:
+        if max(call.producers) < first:
+            continue
         for producer, link in _links(graph, position, position in rectifiers):
-            if producer >= 0:  # what is handed back to the images is of no use
+            if producer >= first:
                 links.setdefault(producer, []).append((position, link))
     for uses in links.values():
         uses.sort(key=lambda use: graph.calls[use[0]].name not in _TO_ALL_CHANNELS)
@@ -55,10 +58,9 @@ def _links(graph: CallGraph, position: int, is_rectifier: bool) -> Iterator[tupl
         yield from _concatenation(graph, call)
     elif len(call.producers) != 1 or not (is_rectifier or call.name in _LINKS):
         raise UnreadableError
-    elif is_rectifier or call.producers[0] < 0:
-        yield call.producers[0], _unchanged
     else:
-        yield call.producers[0], _LINKS[call.name](call, graph.shape(call.producers[0]))
+        before = call.producers[0]
+        yield before, _unchanged if is_rectifier else _LINKS[call.name](call, graph.shape(before))
 
 
 def _unchanged(pattern: Pattern) -> Pattern:

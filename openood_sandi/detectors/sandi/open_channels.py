@@ -1,9 +1,9 @@
 """When counts of open channels alone prove that every gradient behind a rectifier arrives: along a path as well.
 
-In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and linear layers, every position hands
-its gradient on to every channel before it, if at every rectifier behind it more channels are open at each position
-than there are output channels with a zero weight, windows leave no position out, and the predicted class's row of
-the last layer is nowhere zero. Here is what weights and shapes say of that. It asks for more than the maps of
+In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and linear layers, every position
+hands its gradient on to every channel before it, if at every rectifier behind it more channels are open at each
+position than there are output channels with a zero weight, windows leave no position out, and the predicted class's
+row of the last layer is nowhere zero. Here is what weights and shapes say of that. It asks for more than the maps of
 :mod:`.alive`, and it can be asked of every replay of a suffix.
 """
 
@@ -45,7 +45,8 @@ class OpenChannels:
         self._graph, self._rectifiers = graph, rectifiers
         self.calls, self.consumers = graph.calls, graph.consumers
         for position, call in graph:
-            if not self._is_covered(position) or not self._is_known(position, call):
+            is_map = isinstance(call.result, Tensor)
+            if not (is_map and self._is_covered(position) and self._is_known(position, call)):
                 raise UnreadableError
         self.needed = {position: 1 + self._zero_weights(self.calls[position].producers[0]) for position in rectifiers}
         """For each rectifier how many channels must be open at a position for it to hand on gradients for certain."""

@@ -1,8 +1,8 @@
 """Where gradients are zero, told by forward passes alone: the rectifiers of a network.
 
-A unit that a rectifier cuts off has gradient zero. One that it lets through has a gradient that is not zero, as long as
-something behind it is let through as well. So the masks of all rectifiers tell the pattern of every gradient of the pass
-that they are taken in (:mod:`.alive`): of g_1 at any split point in the clean pass. At a split that feeds a ReLU,
+A unit that a rectifier cuts off has gradient zero. One that it lets through has a gradient that is not zero, as long
+as something behind it is let through as well. So the masks of all rectifiers tell the pattern of every gradient of the
+pass that they are taken in (:mod:`.alive`): of g_1 at any split point in the clean pass. At a split that feeds a ReLU,
 directly or by way of a batch norm or a residual addition, what the ReLU cuts off stays cut off along the path, as
 sign(0) = 0: the pattern of g_i in Eq. 11 lies inside that of the ReLU's own mask.
 
@@ -78,8 +78,8 @@ class RectifiedNetwork:
         gates: for each split that feeds a rectifier and nothing else, the position of that.
         call_names: the calls that positions are counted in.
         backward: the ways of gradients back from the logits.
-        open_rows: (classes,) whether the last layer's row of a class is nowhere zero; None where counts of open channels
-            do not prove the patterns along paths, g_2 and on, at all splits (:mod:`.open_channels`).
+        open_rows: (classes,) whether the last layer's row of a class is nowhere zero; None where counts of open
+            channels do not prove the patterns along paths, g_2 and on, at all splits (:mod:`.open_channels`).
     """
 
     rectifiers: Mapping[int, Rectifier]
@@ -103,9 +103,10 @@ def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> Rectif
         return None
     graph = CallGraph(found.calls, found.output)
     try:
-        _require_maps(graph)
-        rectifiers = _rectifiers(graph)
-        backward = backward_graph(graph, frozenset(rectifiers))
+        first = min(places.values())
+        _require_maps(graph, first)
+        rectifiers = _rectifiers(graph, first)
+        backward = backward_graph(graph, frozenset(rectifiers), first)
         gates = dict(_gates(graph, places, rectifiers))
         for split in splits:
             if split.site not in gates:
@@ -128,10 +129,10 @@ _PRECISE = (torch.float32, torch.float64)
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
-def _require_maps(graph: CallGraph) -> None:
-    """Raises UnreadableError where a result is not one precise tensor with as many rows as there are images."""
+def _require_maps(graph: CallGraph, first: int) -> None:
+    """Raises UnreadableError where a result from the first split on is no precise tensor with a row for each image."""
     rows = set()
-    for _, call in graph:
+    for _, call in (item for item in graph if item[0] >= first):
         is_map = isinstance(call.result, Tensor) and call.result.dim() > 1 and bool(call.producers)
         if not is_map or call.result.dtype not in _PRECISE:
             raise UnreadableError
@@ -140,14 +141,14 @@ def _require_maps(graph: CallGraph) -> None:
         raise UnreadableError
 
 
-def _rectifiers(graph: CallGraph) -> dict[int, Rectifier]:
-    """Every rectifier by its position.
+def _rectifiers(graph: CallGraph, first: int) -> dict[int, Rectifier]:
+    """Every rectifier behind the first split, by its position.
 
     Raises:
         UnreadableError: a max-pool is not behind one, so that it drops positions that no mask tells of.
     """
     found = {}
-    for position, call in graph:
+    for position, call in (item for item in graph if item[0] > first):
         bounds = _bounds(call)
         if bounds is not None:
             found[position] = Rectifier(position, bounds, _max_pool_behind(graph, position), needed=1)
