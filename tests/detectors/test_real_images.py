@@ -1,9 +1,12 @@
-"""The rectifier shortcut on a trained network and real images: every count is the exact engine's."""
+"""Trained networks and real images: every count read is the exact engine's, and every tau between its bounds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from openood_sandi import SandI
 from tests.helpers import real_images
@@ -28,3 +31,17 @@ def test_counts_are_those_of_the_exact_engine(name: str, combine: str) -> None:
         right += int((quick(x)[0] == y).sum())
     if name == "test_cifar10":
         assert right > 0.85 * IMAGES  # the weights and the pixels are what they should be
+
+
+@pytest.mark.parametrize("name", real_images.SETS)
+@pytest.mark.parametrize(
+    "make", [real_images.network, real_images.resnet56, real_images.resnet18], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("options", [{"steps": 2}, {"combine": "intersection"}], ids=str)
+def test_tau_is_between_its_bounds(name: str, make: Callable[[], nn.Module], options: dict[str, object]) -> None:
+    """Also where the lower one is an estimate, as it is in all of these: nothing dies within a step in them."""
+    net, x = make(), real_images.load(name, 2)[0]
+    bounds = SandI(net, variant="Z", **options).bounds(x)
+    tau = SandI(net, variant="Z", rectifier_shortcut=False, **options)(x)[1]
+    assert bool((bounds.low <= tau).all()) and bool((tau <= bounds.high).all())
+    assert bool((bounds.low < bounds.high).all()) and float((bounds.half_width / tau).max()) < 0.005

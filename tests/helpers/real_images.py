@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.helpers.networks import openood_network
 from tests.helpers.places import CHECKPOINTS, DATA
 
 CHECKPOINT = CHECKPOINTS / "cifar10_resnet20.pt"
@@ -37,15 +38,15 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """He et al., 2016, section 4.2."""
+    """He et al., 2016, section 4.2; with nine blocks a stage it is ResNet-56."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
+        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(blocks)))
+        self.layer2 = nn.Sequential(Block(16, 32), *(Block(32, 32) for _ in range(blocks - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64), *(Block(64, 64) for _ in range(blocks - 1)))
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,4 +68,18 @@ def network() -> nn.Module:
     """The trained network, in eval mode."""
     net = ResNet20().eval()
     net.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
+    return net
+
+
+def resnet56() -> nn.Module:
+    """ResNet-56, trained as the other is."""
+    net = ResNet20(9).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / "cifar10_resnet56.pt", weights_only=True))
+    return net
+
+
+def resnet18() -> nn.Module:
+    """OpenOOD's resnet18_32x32, trained on CIFAR-100 on images of another normalisation, which does no harm here."""
+    net: nn.Module = openood_network("resnet18_32x32").ResNet18_32x32(num_classes=100).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / "cifar100_resnet18_32x32.pt", weights_only=True))
     return net
