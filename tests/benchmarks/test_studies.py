@@ -21,13 +21,14 @@ import choose_constants
 import fit_cost
 import fit_subsets
 import pandas as pd
+import proved_share
 from choose_constants import Constants
 from comparison import sources
 from comparison.corruptions import BLOCKS, CORRUPTIONS, Corrupted
 from comparison.summaries import FromSummaries, rows
 from sklearn.metrics import roc_auc_score
 
-from openood_sandi import SandIC
+from openood_sandi import SandI, SandIC
 from openood_sandi.detectors.options import options_of
 from tests.helpers import tiny_suite
 
@@ -242,3 +243,19 @@ def test_the_study_of_cost(tmp_path: Path) -> None:
         *(("fit, no labels", 60), ("score, no labels", 1), ("score, no labels", 15)),
     ]
     assert all(row["lower"] <= row["forwards"] <= row["upper"] for row in rows)
+
+
+# ---------------------------------------------------------------- what is proved
+
+
+def test_the_study_of_proofs(tmp_path: Path) -> None:
+    assert proved_share.main(["--data digits", "--batch-size", "6", "--steps", "1", "3", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["proved"]
+    suite = tiny_suite.suite()
+    assert [(row["set"], row["images"]) for row in rows] == [(each.name, len(each)) for each in suite.test_sets]
+    for row, images in zip(rows, suite.test_sets, strict=True):
+        for steps in (1, 3):
+            detector = SandI(suite.network, variant="Z", steps=steps)
+            detector.score(images.loader(6), progress=False)
+            assert row[f"T={steps}"] == pytest.approx(100 * detector.proved_share)
+    assert any(row["T=1"] for row in rows)

@@ -358,6 +358,13 @@ def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.
             assert word in text
 
 
+def test_a_wrong_argument_is_told_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        throughput.main(["--methods", "none"])
+    error, usage = capsys.readouterr().err.splitlines()
+    assert "error: argument --methods" in error and usage.startswith("usage:")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_finished_measurements_survive_an_interruption(
     tiny: list[str],

@@ -53,7 +53,7 @@ class Rectifier:
         low, high = self.bounds
         open_ = result.bool() if low == 0 else result > low  # the quickest to take; no result is below the bounds
         if not math.isinf(high):
-            open_ &= _below(result, high)
+            open_ &= _below(result, low, high)
         return open_ if self.pool is None else open_ & _winners(result, self.pool[1])
 
     def mask(self, result: Tensor) -> Tensor:
@@ -217,9 +217,9 @@ def _with_counts(
     return {p: replace(rectifier, needed=counts.needed[p]) for p, rectifier in rectifiers.items()}, open_rows
 
 
-def _below(result: Tensor, high: float) -> Tensor:
-    """Where numbers, none of which is above ``high``, are not that."""
-    if result.device.type != "cpu" or high not in range(1, 128) or bool(result.amin() < 0):
+def _below(result: Tensor, low: float, high: float) -> Tensor:
+    """Where numbers from ``low`` to ``high`` are not the latter."""
+    if result.device.type != "cpu" or low < 0 or high not in range(1, 128):
         return result < high
     whole = result.to(torch.int8)  # rounded down: on CPUs, to compare bytes is several times as fast
     return torch.lt(whole, int(high), out=torch.empty_like(whole)).view(torch.bool)
