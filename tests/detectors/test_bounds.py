@@ -292,6 +292,16 @@ def test_no_split_that_is_proved_is_replayed(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------------- what is told
 
 
+def test_the_log_says_how_far_off_scores_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = made(lambda: Plain(width=64)), images(6)
+    with caplog.at_level("INFO"):
+        SandI(net, variant="Z").score(x, progress=False)
+        assert "middle" not in caplog.text
+        detector = SandI(net, variant="Z", precision="bounded")
+        detector.score(x, progress=False)
+    assert f"off by {detector.max_error:.3g} at most: that is proved of 100 % of 6 images" in caplog.text
+
+
 def test_the_middle_serves_as_score() -> None:
     net, x = made(Plain), images(6)
     detector = SandI(net, variant="Z", precision="bounded", steps=4)
