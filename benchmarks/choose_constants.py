@@ -42,7 +42,7 @@ TEXT = """\
 
 Near, far: AUROC in %, means over networks; mean: their mean; worst near: the least near AUROC less energy's, over
 networks. "Chosen" are the best ten by the rule, "defaults" what S&I-C has without any option. "One at a time" changes
-one constant of the defaults. Each network's values are in the CSV files."""
+one constant of the defaults. A floor or z_gate of "nan" is none: Z does not count then."""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ TITLES = {
 """What each of the paper's tables is of, by its number."""
 NOTES = {
     "5": (
-        "Of one gradient at the clean activations, Eq. 9 walks no path that could be split: by the paper's equations its "
-        "Table 5 is its Table 3, and so it is here.",
+        "Of one gradient at the clean activations, Eq. 9 walks no path that could be split: by the paper's equations "
+        "its Table 5 is its Table 3, and so it is here.",
     )
 }
 """More to say of a table, by its number."""

@@ -13,14 +13,17 @@ import numpy as np
 from networks import SourceError
 from PIL import Image, ImageFile, ImageOps
 
+from openood_sandi.runs import contents
+
 Policy = Literal["stop", "skip", "grey"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 KINDS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SUFFIXES = tuple(kind for kind in KINDS if kind in Image.registered_extensions())
 """What names of images end with: those of ``KINDS`` that this Pillow can read."""
 GREY = (128, 128, 128)
-NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.ENOENT)
-"""Trouble of the machine, which another run may not have: no reason to take a file for damaged."""
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+FOR_NOW = (*MACHINE, errno.EIO, errno.EACCES, errno.ENOENT)
+"""Trouble of the machine, and of one file on it, which another run may not have."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,20 @@ class Reading:
     def read(self, path: Path) -> tuple[Image.Image, str | None]:
         """The image in RGB, and what is wrong with its file, None if nothing is.
 
+        With "skip", a file that its disk does not give is as a damaged one, this time: the key of scores
+        tells that nothing is known of its bytes, and the next run reads it again.
+
         Raises:
             SourceError: the file is damaged, and the policy is to stop.
-            OSError: it cannot be read for a reason that may pass.
+            OSError: it cannot be read for a reason that may pass, and the policy is not to skip; or its bytes can be
+                read all the same, so that the key would take them for scored.
         """
         try:
             return self._pixels(path, truncated=False), None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            if isinstance(error, OSError) and error.errno in NO_DAMAGE:
-                raise
+            if isinstance(error, OSError) and error.errno in FOR_NOW:
+                if error.errno in MACHINE or self.unreadable != "skip" or _gives_bytes(path):
+                    raise
             damage = str(error) or type(error).__name__
         if self.unreadable == "stop":
             raise SourceError(
@@ -65,6 +73,14 @@ class Reading:
 
 
 AS_OPENOOD = Reading()
+
+
+def _gives_bytes(path: Path) -> bool:
+    try:
+        contents.look(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

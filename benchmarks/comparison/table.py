@@ -19,7 +19,8 @@ from .suite import ImageSet, Suite
 FPR_OPENOOD = "FPR95 ID lost (OpenOOD)"
 FPR_PAPER = "FPR95 OOD let in (paper)"
 METRICS = dict(zip(metrics.METRICS, ("AUROC", "AUPR-in", "AUPR-out", FPR_OPENOOD, FPR_PAPER), strict=True))
-"""Columns of the metrics, in percent. Beside each is its spread: ``low``, ``high`` and, of several runs, ``std``."""
+"""Columns of the metrics, in percent. Beside each is its spread: ``low`` and ``high``; of several runs ``std``, ``min``
+and ``max``."""
 DECISION = ("ID lost at threshold", "OOD let in at threshold")
 """Columns of what the fitted threshold does to test images, in percent."""
 AVERAGE = "average"
@@ -83,7 +84,8 @@ def results(runs: Sequence[Run], resamples: int = RESAMPLES) -> pd.DataFrame:
     """The table, in percent but for cost; rows by group, averages first, then by set and method.
 
     Beside each metric are the ends of its 95 % bootstrap interval over images, and with several runs, whose mean is
-    given, their standard deviation (of the population, as OpenOOD's). Costs are those of the first run.
+    given, their standard deviation (of the population, as OpenOOD's), minimum and maximum. Costs are those
+    of the first run.
     """
     rows = []
     for name in progress(list(runs[0].outcomes), "metrics", "methods"):
@@ -137,7 +139,8 @@ def _spreads(runs: Sequence[Run], method: str, resamples: int) -> dict[Place, di
     for place in by_run[0]:
         values = np.stack([metrics[place] for metrics in by_run])
         low, high = np.percentile(np.mean([drawn[place] for drawn in resampled], axis=0), [2.5, 97.5], axis=0)
-        deviation = {" std": values.std(axis=0)} if len(runs) > 1 else {}
+        over_runs = {" std": values.std(axis=0), " min": values.min(axis=0), " max": values.max(axis=0)}
+        deviation = over_runs if len(runs) > 1 else {}
         decision = 100 * np.mean([one[place] for one in decided], axis=0)
         cells = _cells({"": values.mean(axis=0), **deviation, " low": low, " high": high})
         found[place] = {**cells, **dict(zip(DECISION, map(float, decision), strict=True)), **of_id}

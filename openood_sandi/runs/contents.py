@@ -146,16 +146,19 @@ def still_so(kept: Records, paths: Sequence[str]) -> tuple[npt.NDArray[np.bool_]
 def remembered(paths: Sequence[str], folder: Path) -> Records:
     """Records of files (n,); those that are not known from an earlier time, in ``folder``, are read.
 
+    One that its disk does not give, or its owner, is :data:`UNKNOWN`, and the next time it is read again.
+
     Raises:
-        OSError, Refused: one cannot be read.
+        Refused: one is no image file.
     """
     if not paths:
         return records(())
     memory = folder / "contents.npy"
     before = {row[:4]: row for row in _memory(memory)}
-    found = [before.get(_seen(path)) or look(path) for path in paths]
-    if any(row[:4] not in before for row in found):
-        before |= {row[:4]: row for row in found if row[3] >= 0}
+    found = [before.get(_seen(path)) or _look_if_given(path) for path in paths]
+    new = {row[:4]: row for row in found if row[:4] not in before and row[3] >= 0 and row != UNKNOWN}
+    if new:
+        before |= new
         buffer = io.BytesIO()
         np.save(buffer, records(before.values()))
         try:
@@ -163,6 +166,13 @@ def remembered(paths: Sequence[str], folder: Path) -> Records:
         except OSError as error:
             _log.info("what is in images' files is not remembered: %s", error)
     return records(found)
+
+
+def _look_if_given(path: str) -> Record:
+    try:
+        return look(path)
+    except OSError:
+        return UNKNOWN
 
 
 def _memory(file: Path) -> list[Record]:

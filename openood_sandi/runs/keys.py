@@ -80,12 +80,11 @@ def images(dataset: Any) -> str:
 def contents(dataset: Any, folder: str | os.PathLike[str], *others: object) -> str:
     """Digest of ``others`` and of what is in the files that the items of a data set are, all of which are read.
 
+    Of a file that cannot be read it tells just that: it is another digest once the file can be.
+
     Args:
         dataset: without files only ``others`` tell.
         folder: where it is remembered what is in them, so that the next time costs one look at each.
-
-    Raises:
-        OSError: one cannot be read.
     """
     found = remembered(files_of(dataset) or [], Path(folder))
     return digest(*others, found["low"], found["high"])

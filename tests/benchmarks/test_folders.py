@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +26,8 @@ import side_by_side
 from comparison import folders, reading, sources
 from comparison.suite import Suite
 from networks import SourceError, catalogue
+
+from openood_sandi.runs import contents
 
 
 def picture(path: Path, seed: int, size: int = 32, **options: Any) -> None:
@@ -95,6 +99,39 @@ def test_trouble_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest.
     for policy in reading.POLICIES:
         with pytest.raises(OSError, match="Input/output"):
             reading.Reading(policy).read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_file_that_its_disk_does_not_give_is_skipped_and_read_again(
+    number: int, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(call: Any) -> Any:
+        def failing(path: Any, *rest: Any) -> Any:
+            if str(path) == str(data / "ood/2.jpg"):
+                raise OSError(number, os.strerror(number))
+            return call(path, *rest)
+
+        return failing
+
+    def images(policy: str) -> set[int]:
+        side_by_side.main(
+            [
+                *("--data", "folders", *arguments(data), "--methods", "msp", "--workers", "0", "--no-cost"),
+                *("--no-pictures", "--cache", str(data / "cache"), "--out", str(data / "out"), "--unreadable", policy),
+            ]
+        )
+        return set(pd.read_csv(data / "out/results.csv")["images"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "look", fails(contents.look))
+        patch.setattr(Image, "open", fails(Image.open))
+        for _ in range(2):
+            assert images("skip") == {3}
+            assert "1 of 4 images are damaged, left out: 2.jpg" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            images("stop")
+        assert os.strerror(number) in capsys.readouterr().err
+    assert images("skip") == {4}, "it was read again"
 
 
 @pytest.mark.parametrize(

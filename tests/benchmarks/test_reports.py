@@ -71,6 +71,7 @@ def test_several_networks_give_mean_and_standard_deviation() -> None:
     ]
     assert frame.loc[("near", "tin"), "AUROC"] == pytest.approx(np.mean(values))
     assert frame.loc[("near", "tin"), "AUROC std"] == pytest.approx(np.std(values))
+    assert frame.loc[("near", "tin"), ["AUROC min", "AUROC max"]].to_list() == pytest.approx([min(values), max(values)])
     low, high = (frame.loc[("near", "tin"), f"AUROC {end}"] for end in ("low", "high"))
     one = results(runs[:1]).set_index(["group", "OOD set"]).loc[("near", "tin")]
     assert low < np.mean(values) < high

@@ -223,6 +223,7 @@ def test_the_study_of_the_sign(tmp_path: Path) -> None:
     assert attack_sign.main(["--data digits", "--eta", "0.05", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["positions"]
     assert [row["set"] for row in rows] == ["known", "unknown"]
+    assert "| 0.05 | known |" in (tmp_path / "results.md").read_text()
     for row in rows:
         assert row["down"] + row["up"] + row["not at all"] == pytest.approx(100) and row["an image"] > 0
 

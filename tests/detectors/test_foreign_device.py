@@ -74,6 +74,20 @@ def test_z_waits_once_whatever_is_proved(width: int, options: dict[str, Any], de
     assert there.proved_share == here.proved_share
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": 5}, {"combine": "intersection"}], ids=str)
+def test_bounds_wait_once(options: dict[str, Any], device: ForeignDevice) -> None:
+    net = network(16)
+    here, there = SandI(net, variant="Z", **options), SandI(moved(net), variant="Z", **options)
+    for x in BATCHES * 2:
+        expected = here.bounds(x)
+        device.waits.clear()
+        found = there.bounds(OnDevice(x))
+        waits = list(device.waits)
+        assert all(torch.equal(end.inner, other) for end, other in zip(found, expected, strict=True))
+        assert torch.equal(found.proved.inner, expected.proved)
+    assert len(waits) <= 1, waits
+
+
 def test_a_single_image_waits_once(device: ForeignDevice) -> None:
     there = SandI(moved(network(16)), variant="Z")
     for x in BATCHES[0].split(1):
@@ -222,3 +236,49 @@ def test_what_needs_no_wait_has_none(work: Callable[[Tensor], object], device: F
 def test_float64_is_refused_where_there_is_none() -> None:
     with foreign_device(float64=False), pytest.raises(TypeError, match="float64"):
         OnDevice(torch.ones(2)).double()
+
+
+# --------------------------------------------------------------------------------------------- backward passes
+
+
+class Pooled(nn.Module):
+    """A max-pool behind a rectifier that a split point feeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c0, self.n0 = nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.c1, self.n1 = nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.n0(self.c0(x)).relu(), 2)
+        return self.head(self.n1(self.c1(x)).relu().mean((2, 3)))
+
+
+PASSES: dict[str, dict[str, Any]] = {
+    "count": {"variant": "Z"},
+    "five steps": {"variant": "Z", "steps": 5},
+    "union": {"variant": "Z", "combine": "union"},
+    "every gradient": {"variant": "Z", "rectifier_shortcut": False},
+    "A": {"variant": "A", "splits": "all"},
+}
+
+
+@pytest.mark.parametrize("options", PASSES.values(), ids=PASSES)
+def test_no_backward_pass_is_run_inside_another(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a hook it would be re-entrant: on a GPU, where hooks run on a thread of autograd's, each needs one more."""
+    torch.manual_seed(0)
+    net, inside, run = Pooled().eval(), list[int](), torch.autograd._engine_run_backward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        inside.append(torch._C._current_graph_task_id())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", watched)
+    SandI(net, **options)(BATCHES[0])
+    assert inside and set(inside) == {-1}
+    leaf, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    total = other.sum()
+    leaf.register_hook(lambda _: torch.autograd.grad(total, other)[0])
+    torch.autograd.grad((2 * leaf).sum(), leaf)
+    assert inside[-1] != -1, "the test does not see one that is"

@@ -85,17 +85,21 @@ def pip(python: str, command: str, *arguments: str) -> None:
     run(python, "-m", "pip", command, *options, *arguments, cwd=workspace())
 
 
+def variables_of() -> dict[str, str]:
+    """The environment with two threads and without PYTHONPATH, as that of a user of an installed package."""
+    left_out = ("PYTHONPATH", "OPENOOD_SANDI_DISABLE")
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
+    return {**inherited, "OMP_NUM_THREADS": "2", "PYTHONNOUSERSITE": "1"}
+
+
 def run(
     *command: str, cwd: Path, check: bool = True, timeout: float = 600, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command without stdin, two threads, no PYTHONPATH, and ``variables`` added to the environment."""
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENOOD_SANDI_DISABLE")
-    }
+    """Run a command without stdin, in the environment of :func:`variables_of` with ``variables`` added."""
     result = subprocess.run(
         command,
         cwd=cwd,
-        env={**inherited, "OMP_NUM_THREADS": "2", "PYTHONNOUSERSITE": "1", **variables},
+        env={**variables_of(), **variables},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -65,7 +65,7 @@ def test_as_a_dictionary(seed: int) -> None:
 
 def test_a_difference_in_any_part_is_seen() -> None:
     rng = random.Random(0)
-    one = {number: batch(rng) for number in range(6)}
+    one = {number: batch(rng) for number in range(30)}
     first = Results.of(one)
     number = next(n for n, each in one.items() if len(each.pred) and each.unreadable)
     before = one[number]
