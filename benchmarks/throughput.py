@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from comparison.console import device, number, positive
+from comparison.console import Parser, device, number, positive
 from comparison.environment import environment, free_memory, same_arithmetic_on_gpus
 from speed import report
 from speed.measuring import METHODS, Bench, Setting
@@ -35,7 +35,7 @@ QUICK_NETWORKS = ("resnet18", "resnet50")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=here, help="default here: %(default)s")

@@ -125,7 +125,9 @@ def _data(frame: pd.DataFrame, run: Run, device: torch.device) -> tuple[dict[str
         for outcome in outcomes
     ]
     sets = [{"name": images.name, "group": images.group, "images": len(images)} for images in suite.test_sets]
-    return {"sets": sets, "methods": methods, "pictures": [asdict(pictures[place]) for place in places]}, no_maps
+    classes = mistakes.class_names(outcomes[0], suite)
+    shown = [asdict(pictures[place]) for place in places]
+    return {"sets": sets, "classes": classes, "methods": methods, "pictures": shown}, no_maps
 
 
 def _curves(outcome: Outcome, suite: Suite, values: pd.DataFrame) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import matplotlib
 import numpy as np
@@ -61,6 +62,16 @@ def _of_set(outcome: Outcome, name: str, count: int, largest: bool) -> list[Mist
     return [
         Mistake(name, int(at), int(scored.labels[at]), int(scored.pred[at]), float(scored.scores[at])) for at in order
     ]
+
+
+def class_names(outcome: Outcome, suite: Suite) -> dict[int, str]:
+    """What classes are called: the folders of their ID images' files, where each class has one folder to itself."""
+    images = suite.in_distribution
+    pairs = zip(outcome.scored[images.name].labels.tolist(), images.names, strict=bool(images.names))
+    folders = {(label, PurePath(name).parent.name) for label, name in pairs}
+    names = dict(folders)
+    alone = len(names) == len(folders) == len({*names.values()})
+    return names if alone and all(names.values()) else {}
 
 
 def pictures(

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,24 @@ def test_the_images_are_those_that_the_method_gets_most_wrong() -> None:
             assert np.abs(shown - expected).max() <= 0.51
             assert one["label"] == scored[one["images"]].labels[one["at"]]
             assert one["pred"] == scored[one["images"]].pred[one["at"]]
+
+
+@pytest.mark.parametrize(
+    ("folder", "named"),
+    [
+        (lambda label: f"class{label}", True),  # a folder each
+        (lambda label: f"part{label % 2}", False),  # several in one
+        (lambda label: ".", False),
+    ],
+)
+def test_classes_are_called_as_the_folders_of_their_images(folder: Callable[[int], str], named: bool) -> None:
+    known = small()
+    labels = known.outcomes["msp"].scored["known"].labels.tolist()
+    names = [f"test/{folder(label)}/{number}.png" for number, label in enumerate(labels)]
+    images = dataclasses.replace(known.suite.in_distribution, names=names)
+    suite = dataclasses.replace(known.suite, in_distribution=images)
+    classes = data_of(page(dataclasses.replace(known, suite=suite)))["classes"]
+    assert classes == ({str(label): f"class{label}" for label in labels} if named else {})
 
 
 def test_maps_are_where_the_attribution_is() -> None:

@@ -32,6 +32,9 @@ def exact(net: nn.Module, **options: object) -> SandI:
     return SandI(net, variant="Z", rectifier_shortcut=False, **options)
 
 
+TAIL = ["n0", "n1", "tail"]
+
+
 def require_inside(net: nn.Module, x: Tensor, proved: float = 0.0, **options: object) -> Bounds:
     """The upper end is one always, the lower one where it is proved, and at least that share is."""
     bounds = SandI(net, variant="Z", **options).bounds(x)
@@ -80,6 +83,8 @@ def with_way(kind: str, net: Made, x: Tensor) -> Tensor:
         beside += b
         beside += a
         return net.head(beside.relu_().mean((2, 3)))
+    if kind == "with a tail":
+        return net.head(net.tail(F.relu(net.n1(net.c1(a)))).flatten(1))
     if kind == "both clips":
         return net.head(F.relu6(net.n1(net.c1(a))).mean((2, 3)))
     if kind == "max-pool":
@@ -109,6 +114,24 @@ def test_steps_go_the_network_s_own_way(kind: str, dtype: torch.dtype, options: 
     x = images(4).to(dtype)
     bounds = require_inside(net, x, splits=["c0", "c1"] if kind == "slope" else "all", **options)
     assert bool((bounds.low < bounds.high).all()), "the steps change something"
+
+
+@every_option
+def test_a_split_behind_all_rectifiers_is_always_alive(options: dict[str, object]) -> None:
+    """As the average pool of wide residual networks in the paper's list; it is not replayed either."""
+    net = made(lambda: Made(partial(with_way, "with a tail")))
+    net.tail = nn.AdaptiveAvgPool2d(1)
+    x = images(4)
+    require_inside(net, x, float("step_size" not in options), splits=TAIL, **options)
+    expected = exact(net, splits=TAIL, **options).densities(x)
+    detector = SandI(net, variant="Z", splits=TAIL, **options)
+    found = detector.densities(x)
+    assert all(torch.equal(found[name], density) for name, density in expected.items())
+    assert detector.proved_share == 1
+    with torch.no_grad():
+        net.head.weight[2, 5] = 0  # a class that may be the one after a step
+    require_inside(net, x, splits=TAIL, **options)
+    assert torch.equal(SandI(net, variant="Z", splits=TAIL, **options)(x)[1], exact(net, splits=TAIL, **options)(x)[1])
 
 
 @every_option

@@ -82,9 +82,10 @@
   // ---------------------------------------------------------------- images
 
   const viewer = document.getElementById("viewer");
+  const called = (number) => data.classes[number] ?? `class ${number}`;
   const described = (one) => {
-    const of = one.label < 0 ? "no class of the network's" : `class ${one.label}`;
-    return `${of}, predicted class ${one.pred}, score ${one.score.toPrecision(5)}`;
+    const of = one.label < 0 ? "no class of the network's" : called(one.label);
+    return `${of}, predicted ${called(one.pred)}, score ${one.score.toPrecision(5)}`;
   };
 
   function open(method, one) {
@@ -108,8 +109,8 @@
       const map = element("img", { className: "map", src: picture.map, alt: "" });
       views.append(element("div", { className: "stack" }, image(), map));
     }
-    const of = one.label < 0 ? "OOD" : `class ${one.label}`;
-    const lines = [`${one.images} ${one.at}`, `${of}, predicted ${one.pred}`, `score ${one.score.toPrecision(5)}`];
+    const of = one.label < 0 ? "OOD" : called(one.label);
+    const lines = [`${one.images} ${one.at}`, `${of}, predicted ${called(one.pred)}`, `score ${one.score.toPrecision(5)}`];
     const button = element("button", { type: "button" }, views, ...lines.map((line) => element("div", { textContent: line })));
     button.addEventListener("click", () => open(method, one));
     return button;

@@ -122,11 +122,11 @@ class BoundedScores:
             return None
         look = self._readable.at(x)
         readable = look.readable
-        if readable is None or not readable.ways:
+        if readable is None or not readable.is_bounded:
             return None
         if self._combine == "union" and not readable.rectified.has_max_pool:
             return None
-        ends = IntervalDensity(readable.rectified, readable.ways, readable.reach, self._attack, self._combine)
+        ends = IntervalDensity(self._network.splits, readable, self._attack, self._combine)
         logits = self._network.walk(x, Walk(self._steps_alone), ends, ())
         if ends.lost:
             return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openood_sandi.detectors.detector import Scores
 from openood_sandi.detectors.sandi.bounds import Bounds
+from openood_sandi.engine.devices import fetch, take
 from openood_sandi.runs.loaders import batches_of
 
 __all__ = ["decide", "is_ood"]
@@ -42,19 +43,20 @@ def decide(detector: _Bounding, source: Any, threshold: float, device: torch.dev
     scores: list[Tensor] = []
     open_ = _Waiting(detector)
     for images, _ in batches_of(source):
-        images = images.to(device)
+        images = images.to(device, non_blocking=True)
         bounds = detector.bounds(images)
-        preds.append(bounds.pred.cpu())
-        scores.append(bounds.middle.cpu())
-        rows = (~bounds.decided(threshold, hard)).nonzero()[:, 0]
-        open_.add(images[rows], [(scores[-1], row) for row in rows.tolist()])
+        pred, score, decided = fetch(bounds.pred, bounds.middle, bounds.decided(threshold, hard))
+        preds.append(pred)
+        scores.append(score)
+        rows = (~decided).nonzero()[:, 0].tolist()
+        open_.add(take(images, rows), [(score, row) for row in rows])
         if len(open_.places) >= len(images):
             open_.compute()
     if not preds:
         raise ValueError("there are no images to decide on")
     open_.compute()
-    score = torch.cat(scores)
-    return Scores(torch.cat(preds).numpy(), score.numpy(), (~(score <= threshold)).numpy())
+    every = torch.cat(scores)
+    return Scores(torch.cat(preds).numpy(), every.numpy(), (~(every <= threshold)).numpy())
 
 
 class _Waiting:

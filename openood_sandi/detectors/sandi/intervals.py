@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity, count, shares
-from openood_sandi.detectors.sandi.reach import Margins, Reach
-from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
+from openood_sandi.detectors.sandi.reach import Margins
+from openood_sandi.detectors.sandi.readable import Readable
 from openood_sandi.detectors.sandi.ways import Way, ends_of, narrowed
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
 
 __all__ = ["IntervalDensity"]
@@ -54,34 +55,32 @@ class IntervalDensity(Observer):
     """Both ends of E, of a forward pass that it listens to.
 
     Args:
-        rectified: the network's rectifiers.
-        ways: from every split to its rectifier.
-        reach: how far the splits' steps reach.
+        splits: the split points.
+        readable: what is known about the network, by which it ``is_bounded``.
         attack: T and eta.
         combine: how Eq. 11 goes over the gradients.
     """
 
     only_listens = True
 
-    def __init__(
-        self, rectified: RectifiedNetwork, ways: Sequence[Way], reach: Reach, attack: Attack, combine: str
-    ) -> None:
-        self._rectified, self._ways, self._attack = rectified, ways, attack
+    def __init__(self, splits: Sequence[Split], readable: Readable, attack: Attack, combine: str) -> None:
+        self._splits, self._rectified, self._attack = splits, readable.rectified, attack
         self._count_over = combine == "count"
         self._steps = _Steps.of(combine, attack.steps)
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
-        self._first = NonZeroDensity([way.split for way in ways], 1, "count")
-        self._margins = None if reach.unbounded else Margins(reach, rectified)
+        self._first = NonZeroDensity(splits, 1, "count")
+        self._margins = None if readable.reach.unbounded else Margins(readable.reach, readable.rectified)
         self._sure: dict[Site, Tensor] = {}
         self._possible: dict[Site, Tensor] = {}
         self._at: dict[int, list[Site]] = defaultdict(list)
+        self._tails = {self._rectified.places[site]: site for site in self._rectified.tails}
         self._due: dict[int, list[Way]] = defaultdict(list)
         self._wanted: dict[int, int] = {}
         """Positions of results that ways start from or take, and until which position."""
         self._copied: set[int] = set()
         self._kept: dict[int, Tensor] = {}
-        for way in ways:
+        for way in readable.ways:
             self._at[way.rectifier.position].append(way.split.site)
             self._due[way.known_at if way.calls else way.rectifier.position].append(way)
             for position in (way.position, *way.beside) if way.calls else ():
@@ -102,6 +101,8 @@ class IntervalDensity(Observer):
             mask = self._rectified.rectifiers[position].open_(result)
             for site in self._at[position]:
                 self._first.pattern(site, mask)
+        if position in self._tails:
+            self._first.pattern(self._tails[position], torch.ones_like(result, dtype=torch.bool))
         for way in self._due.get(position, ()):
             if way.calls or way.rectifier.pool is not None:
                 start = self._kept[way.position] if way.calls else result
@@ -139,14 +140,11 @@ class IntervalDensity(Observer):
         times = self._attack.steps if self._count_over else 1
         of = {site: times * size for site, size in self._first.sizes.items()}
         low, high = {}, {}
-        for way in self._ways:
-            site, steps = way.split.site, self._steps
-            low[site] = steps.first_in_low * first[site] + self._sure.get(site, 0)
-            high[site] = steps.first_in_high * first[site]
-            if way.rectifier.pool is not None:
-                high[site] = high[site] + self._possible.get(site, 0)
-            else:  # what was off stays off
-                high[site] = high[site] + len(steps.possible) * first[site]
+        steps = self._steps
+        for site, on in first.items():
+            # where nothing else was counted, all that is on stays on, and what is off stays off
+            low[site] = steps.first_in_low * on + self._sure.get(site, len(steps.sure) * on)
+            high[site] = steps.first_in_high * on + self._possible.get(site, len(steps.possible) * on)
         return shares(low, of), shares(high, of)
 
     def first(self) -> dict[str, Tensor]:

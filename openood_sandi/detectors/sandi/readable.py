@@ -34,13 +34,18 @@ class Readable:
 
     Attributes:
         rectified: its rectifiers.
-        ways: from every split to its rectifier; none where some split feeds none, or more than that.
+        ways: from splits to their rectifiers.
         reach: how far the steps of the splits reach.
     """
 
     rectified: RectifiedNetwork
     ways: tuple[Way, ...]
     reach: Reach
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether of every split it is known what can change behind it."""
+        return bool(self.ways) and len(self.ways) + len(self.rectified.tails) == len(self.rectified.places)
 
 
 class Look(NamedTuple):
@@ -98,7 +103,7 @@ class ReadableNetworks:
         rectified = rectified_network(found, splits)
         if rectified is None:
             return None
-        ways = ways_of(found, rectified, splits) if len(rectified.gates) == len(splits) else ()
+        ways = ways_of(found, rectified, [split for split in splits if split.site in rectified.gates])
         return Readable(rectified, ways, reach_of(found, rectified, ways, self._attack))
 
 

@@ -37,10 +37,11 @@ class ReadDensity(Observer):
     Args:
         rectified: the network's rectifiers, with counts that prove.
         density: takes in the patterns.
+        steps: T.
     """
 
-    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity) -> None:
-        self.density = density
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, steps: int) -> None:
+        self.density, self._steps = density, steps
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
         self._rectified = rectified
@@ -60,6 +61,13 @@ class ReadDensity(Observer):
         for site in self._sites[position]:
             self.density.pattern(site, mask)
         self._note(mask.sum(1), rectifier)
+
+    def direction(self, site: Site, sign: Tensor) -> bool:
+        if site not in self._rectified.tails:
+            return True
+        for _ in range(self._steps):  # nothing behind it depends on where it goes
+            self.density.pattern(site, torch.ones_like(sign, dtype=torch.bool))
+        return False
 
     def _note(self, through: Tensor, rectifier: Rectifier) -> None:
         """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
@@ -106,7 +114,7 @@ class SteppedDensity(ReadDensity):
     """
 
     def __init__(self, readable: Readable, density: NonZeroDensity, attack: Attack) -> None:
-        super().__init__(readable.rectified, density)
+        super().__init__(readable.rectified, density, steps=2)
         self._attack, self._reach = attack, readable.reach
         self._margins = Margins(readable.reach, readable.rectified)
         self._ways = {way.split.site: way for way in readable.ways}
@@ -125,7 +133,7 @@ class SteppedDensity(ReadDensity):
         if self._certain is None:
             self._certain = self._proved_sites()
         if site not in self._certain:
-            return True
+            return super().direction(site, sign)
         way = self._ways[site]
         z = self._kept[way.position]
         entering = way.carry(self._attack.advance(z, z, sign), self._kept)
@@ -233,7 +241,11 @@ class ShortcutDensities:
             logits = self._network.walk(x, Walk(self._steps_alone), read, ())
         elif rectified.open_rows is not None:
             stepped = self._attack.steps == 2
-            read = SteppedDensity(readable, density, self._attack) if stepped else ReadDensity(rectified, density)
+            read = (
+                SteppedDensity(readable, density, self._attack)
+                if stepped
+                else ReadDensity(rectified, density, self._attack.steps)
+            )
             logits = self._network.walk(x, Walk(self._steps_alone, self._attack), read)
         else:
             return x, None, x
