@@ -17,6 +17,7 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 
 import attack_sign
+import bounded
 import choose_constants
 import fit_cost
 import fit_subsets
@@ -259,3 +260,24 @@ def test_the_study_of_proofs(tmp_path: Path) -> None:
             detector.score(images.loader(6), progress=False)
             assert row[f"T={steps}"] == pytest.approx(100 * detector.proved_share)
     assert any(row["T=1"] for row in rows)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def test_the_study_of_bounds(tmp_path: Path) -> None:
+    assert bounded.main(["--data digits", "--batch-size", "6", "--steps", "3", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["bounds"]
+    suite = tiny_suite.suite()
+    known, unknown = suite.test_sets
+    assert [(row["set"], row["T"], row["images"]) for row in rows] == [(known.name, 3, 12), (unknown.name, 3, 12)]
+    exact = SandI(suite.network, variant="Z", steps=3, rectifier_shortcut=False)
+    tau = [exact.score(images.loader(6), progress=False).score.astype(float) for images in (known, unknown)]
+    bounds = SandI(suite.network, variant="Z", steps=3).bounds(torch.stack([image for image, _ in unknown.dataset]))
+    threshold = sorted(tau[0])[11]  # the 95 % quantile of twelve
+    assert rows[1]["half-width %"] == pytest.approx(float((bounds.half_width / tau[1]).max()) * 100, rel=1e-3)
+    assert rows[1]["proved %"] == 100 * float(bounds.proved.double().mean())
+    assert rows[1]["above %"] == pytest.approx(100 * float((bounds.high > threshold).double().mean()))
+    greater = (tau[1][:, None] > tau[0]) + 0.5 * (tau[1][:, None] == tau[0])
+    assert rows[1]["AUROC tau"] == pytest.approx(100 * greater.mean())
+    assert rows[0]["outside"] == rows[1]["outside"] == 0 and rows[0]["AUROC tau"] is None

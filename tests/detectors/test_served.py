@@ -37,7 +37,7 @@ def varied() -> nn.Module:
 
 
 def exported(served: nn.Module) -> Any:
-    batch = torch.export.Dim("batch", min=2)
+    batch = torch.export.Dim("batch", min=2, max=65536)
     with torch.no_grad():
         return torch.export.export(served, (FEW,), strict=False, dynamic_shapes=({0: batch},))
 

@@ -199,7 +199,7 @@ def deep(net: Made, x: Tensor) -> Tensor:
     return net.aux(F.relu(F.linear(b.mean((2, 3)), net.c2.weight.flatten(1), net.c2.bias + 0.3)))
 
 
-@pytest.mark.parametrize("together", [deep, *(partial(with_way, kind) for kind in WAYS)], ids=str)
+@pytest.mark.parametrize("together", [deep, *(partial(with_way, kind) for kind in WAYS)], ids=["deep", *WAYS])
 def test_no_step_reaches_further_than_its_reach(together: Callable[[Made, Tensor], Tensor]) -> None:
     net, x = made(lambda: Made(together)), images(3)
     detector, readable = look(net, x, splits=["n0", "n1"], steps=3, step_size=0.05)

@@ -2,7 +2,7 @@
 
 >>> served = ServedSandIC(detector, images)
 >>> with torch.no_grad():
-...     shapes = ({0: torch.export.Dim("batch", min=2)},)
+...     shapes = ({0: torch.export.Dim("batch", min=2, max=65536)},)
 ...     program = torch.export.export(served, (images,), strict=False, dynamic_shapes=shapes)
 >>> torch.export.save(program, "detector.pt2")        # or torch.compile(program.module())
 >>> pred, score, shares = program.module()(others)    # needs torch alone

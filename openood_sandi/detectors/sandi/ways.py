@@ -98,11 +98,13 @@ class Ends:
     clean: Tensor | None
 
     def sure(self, rectifier: Rectifier) -> Tensor:
-        """Where units are on for certain."""
-        on = _inside(self.lower, rectifier.bounds)
-        if self.upper is not None:
-            on = on & _inside(self.upper, rectifier.bounds)
-        return on if rectifier.pool is None else on & surely_wins(*self._rectified(rectifier), rectifier.pool[1])
+        """Where units are on for certain, 1 or True there."""
+        if rectifier.pool is None:
+            on = rectifier.mask(self.lower)
+            return on if self.upper is None else on * rectifier.mask(self.upper)
+        assert self.upper is not None
+        on = _inside(self.lower, rectifier.bounds) & _inside(self.upper, rectifier.bounds)
+        return on & surely_wins(*self._rectified(rectifier), rectifier.pool[1])
 
     def possible(self, rectifier: Rectifier) -> Tensor:
         """Where units in front of a max-pool may be on."""
