@@ -156,7 +156,8 @@ def test_a_device_too_small_for_the_batch(options: dict[str, Any], use: Use, cap
             device.failures = 0
             assert_equal(use(detector, x), expected)
             assert not device.failures, "the size that worked was not kept"
-    assert worked >= 3
+    # a batch of the union, by forward passes alone, takes less than twice of what one image does
+    assert worked >= (1 if options.get("combine") == "union" else 3)
     assert surroundings(net, x) == before
     gc.collect()
     buffers = 2 * sum(
