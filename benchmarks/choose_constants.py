@@ -42,7 +42,7 @@ TEXT = """\
 
 Near, far: AUROC in %, means over networks; mean: their mean; worst near: the least near AUROC less energy's, over
 networks. "Chosen" are the best ten by the rule, "defaults" what S&I-C has without any option. "One at a time" changes
-one constant of the defaults. Each network's values are in the CSV files."""
+one constant of the defaults. A floor or z_gate of "nan" is none: Z does not count then."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = pd.DataFrame(
         {"network": name, **row}
         for name, suite in study.suites()
-        for row in _tried(suite, options.fit_on, options.batch_size)
+        for row in _tried(suite.fitted_to(options.fit_on), options.batch_size)
     )
     tables: dict[str, pd.DataFrame] = {}
     for labelled, title in ((True, "with labels"), (False, "without labels")):
@@ -89,11 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------- one network
 
 
-def _tried(suite: Suite, images: int, batch_size: int) -> Iterator[dict[str, object]]:
+def _tried(suite: Suite, batch_size: int) -> Iterator[dict[str, object]]:
     assert suite.training is not None and len(suite.validation or ()) == 2, "expected training and validation images"
     known, unknown = suite.validation or ()
     detector = FromSummaries(suite.network, next(iter(known.loader(1)))[0])
-    train, labels = detector.read(suite.training.limited(images).to_fit_on(batch_size), "training")
+    train, labels = detector.read(suite.training.to_fit_on(batch_size), "training")
     held, _ = detector.read(known.to_fit_on(batch_size), "validation")
     seen = Subset(known.dataset, range(1, len(known), 2))
     others = {

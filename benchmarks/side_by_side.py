@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     names = "names or titles, 'default' or 'all'; a wrong one lists them; default: default"
     add("--methods", nargs="+", default=["default"], metavar="METHOD", help=names)
     add("--limit", type=positive, help="use only LIMIT images of every set")
+    add("--fit-on", type=positive, help="use only so many training images")
     add("--batch-size", type=positive, default=200, help="default: %(default)s")
     workers = "processes that decode images; 0: none; default: %(default)s"
     add("--workers", type=int, default=2, help=workers)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same_arithmetic_on_gpus(options.device)
     about = {
         "command": shlex.join(["python", "benchmarks/side_by_side.py", *arguments]),
-        **{name: getattr(options, name) for name in ("protocol", "seeds", "batch_size", "limit")},
+        **{name: getattr(options, name) for name in ("protocol", "seeds", "batch_size", "limit", "fit_on")},
         **environment(options.device),
     }
     comparison = _Comparison(options)
@@ -100,7 +101,7 @@ class _Comparison:
         """Score all sets, method by method; one that fails is noted, and the others go on."""
         options = self._options
         for seed in options.seeds:
-            suite = self._decoder.suite(sources.load(options, seed).limited(options.limit))
+            suite = self._decoder.suite(sources.load(options, seed).limited(options.limit).fitted_to(options.fit_on))
             chosen, reasons, asked = _chosen(options.methods, *methods.available(suite))
             self._failures |= {name: Failure(name, reason) for name, reason in reasons.items()}
             self.failed |= not asked.isdisjoint(reasons)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from openood_sandi.detectors.prototype_fusion import PrototypeFusion
     from openood_sandi.detectors.sandi.calibrated import SandIC
     from openood_sandi.detectors.sandi.detector import SandI
+    from openood_sandi.detectors.sandi.served import ServedSandIC
     from openood_sandi.engine.backward import Objective
     from openood_sandi.engine.errors import ReplayError
     from openood_sandi.engine.network import SplitNetwork
@@ -42,6 +43,7 @@ _HOMES = {
     "SandI": "detectors.sandi.detector",
     "SandIC": "detectors.sandi.calibrated",
     "Scores": "detectors.detector",
+    "ServedSandIC": "detectors.sandi.served",
     "SplitNetwork": "engine.network",
     "Walk": "engine.walk",
     "folder": "runs.loaders",
@@ -60,6 +62,7 @@ __all__ = [
     "SandI",
     "SandIC",
     "Scores",
+    "ServedSandIC",
     "SplitNetwork",
     "Walk",
     "__version__",

@@ -27,7 +27,8 @@ from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.heat_maps import write_heat_maps
-from openood_sandi.named_networks import FORMS, Transform, named
+from openood_sandi.image_input import Input
+from openood_sandi.named_networks import FORMS, named
 from openood_sandi.plugin import registry
 from openood_sandi.runs import ranks
 from openood_sandi.runs.loaders import Folder, readable
@@ -138,24 +139,27 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 # ---------------------------------------------------------------------- what is given
 
 
-def _network(given: argparse.Namespace) -> tuple[nn.Module, Transform, dict[str, str]]:
+def _network(given: argparse.Namespace) -> tuple[nn.Module, Input, dict[str, str]]:
     """The network on its device, how images are transformed, and what the file is to say of both."""
     net, usual = named(given.network, given.checkpoint)
-    values = {"resize": given.resize, "crop": given.crop, "mean": given.mean, "std": given.std}
-    values = {name: value or getattr(usual, name, None) for name, value in values.items()}
-    values["resize"] = values["resize"] or values["crop"]
+    usual = usual or Input(0, 0)
+    mean, std = usual.normalisation or ((), ())
+    mean, std = tuple(given.mean or mean), tuple(given.std or std)
+    crop = given.crop or usual.crop
+    resize = given.resize or usual.resize or crop
+    values = {"resize": resize, "crop": crop, "mean": mean, "std": std}
     missing = [f"--{name}" for name, value in values.items() if not value]
     if missing:
         raise ValueError(
             f"how images are transformed for --network {given.network} is not known: give {', '.join(missing)}, as its "
             "test images are (mean and standard deviation of pixels in 0..1, by channel)"
         )
-    transform = Transform(values["resize"], values["crop"], tuple(values["mean"]), tuple(values["std"]))
+    transform = Input(resize, crop, (mean, std), usual.interpolation)
     device = given.device or ranks.own_device()
     return net.to(device), transform, {"network": given.network, "transform": repr(transform)}
 
 
-def _loader(path: Path, transform: Transform, given: argparse.Namespace) -> DataLoader[Any]:
+def _loader(path: Path, transform: Input, given: argparse.Namespace) -> DataLoader[Any]:
     return DataLoader(Folder(path, transform), batch_size=given.batch_size, num_workers=given.workers)
 
 
@@ -219,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_what_is_shared(call: argparse.ArgumentParser) -> None:
     call.add_argument("folder", type=Path, metavar="FOLDER", help="images, in subfolders by class where that matters")
-    call.add_argument("--network", required=True, metavar="NAME", help=FORMS)
+    call.add_argument("--network", required=True, metavar="NAME", help=", ".join(FORMS))
     call.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: torch's (weights only), safetensors")
     call.add_argument("--resize", type=int, metavar="PIXELS", help="the shorter side; the default is the network's own")
     call.add_argument("--crop", type=int, metavar="PIXELS", help="of either side, at the centre")

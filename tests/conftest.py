@@ -35,5 +35,6 @@ def _settings() -> dict[str, str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long implies slow, so that ``-m "not slow"`` leaves both out; first, since pytest selects in this hook too."""
     for item in items:
+        assert " at 0x" not in item.nodeid, f"{item.nodeid}: an address, so that no two processes run the same tests"
         if item.get_closest_marker("long"):
             item.add_marker("slow")

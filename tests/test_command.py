@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openood_sandi import GradientShortCircuit, SandI, folder
 from openood_sandi.command import main
-from openood_sandi.named_networks import Transform
+from openood_sandi.image_input import IMAGENET, Input
 from tests.helpers import tiny_suite
 from tests.helpers.places import ROOT
 
@@ -163,13 +163,13 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (["--network", "resnet18"], "expected torchvision:NAME, timm:NAME, openood:NAME or FILE.py:FACTORY"),
+        (["--network", "resnet18"], "expected torchvision:NAME, timm:NAME, openood:NAME, hf:DIR or FILE.py:FACTORY"),
         (["--network", "torchvision:resnet18"], "needs --checkpoint FILE"),
         (["--network", "torchvision:resnet9000", "--checkpoint", "weights.pt"], "no classifier 'resnet9000'"),
-        (["--network", "timm:resnet9000", "--checkpoint", "weights.pt"], "timm has no model 'resnet9000'"),
+        (["--network", "timm:resnet9000", "--checkpoint", "weights.pt"], "timm has no network 'resnet9000'"),
         (["--network", "torchvision:resnet18", "--checkpoint", "weights.pt"], "do not fit the network"),
         (["--network", "torchvision:resnet18", "--checkpoint", "absent.pt"], "absent.pt does not exist"),
-        (["--network", "absent.py:network"], "there is no file absent.py"),
+        (["--network", "absent.py:network"], "absent.py; --network FILE.py:FACTORY names a Python file"),
         (["--network", "mine.py:net"], "has no function 'net'"),
         (["--network", "mine.py:nothing"], "has no function 'nothing'"),
         (["--network", "mine.py:network"], "give --resize, --crop, --mean, --std"),
@@ -202,7 +202,7 @@ def test_a_network_of_torchvisions_with_other_classes(place: Path) -> None:
     assert call(place, "fit", f"{place}/new", "--method", "gsc", "--out", out, *network, network=False) == 0
     arguments = ["score", f"{place}/new", "--detector", out, "--csv", str(table)]
     assert call(place, *arguments, *network, network=False) == 0
-    imagenet = Transform(40, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    imagenet = Input(40, 32, IMAGENET)
     expected = GradientShortCircuit(net).score(folder(place / "new", imagenet), progress=False)
     np.testing.assert_allclose([float(row["score"]) for row in rows(table)], expected.score, rtol=1e-4)
 
@@ -215,7 +215,7 @@ def test_the_transform_is_torchvisions() -> None:
     stages = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor(), transforms.Normalize(mean, std)]
     for size in ((64, 64), (50, 91, 3), (33, 20)):
         image = Image.fromarray(rng.integers(0, 256, (*size[:2], 3), dtype=np.uint8))
-        found, expected = Transform(40, 32, mean, std)(image), transforms.Compose(stages)(image)
+        found, expected = Input(40, 32, (mean, std))(image), transforms.Compose(stages)(image)
         assert found.shape == (3, 32, 32)
         torch.testing.assert_close(found, expected)
 

@@ -85,4 +85,6 @@ class Study:
 
 
 def _shown(value: object) -> object:
-    return f"{value:.2f}" if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"

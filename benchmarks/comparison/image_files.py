@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from networks import SourceError
 from networks.architecture import Input, Normalisation
-from networks.libraries import imported
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -45,19 +45,6 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         return self._transform(image), label if damage is None else marked(label)
 
 
-def transform(shape: Input, normalisation: Normalisation) -> Any:
-    """From a PIL image in RGB to the network's input: torchvision's resize, centre crop, tensor and normalisation."""
-    transforms = imported("torchvision.transforms")
-    return transforms.Compose(
-        [
-            transforms.Resize(shape.resize, transforms.InterpolationMode(shape.interpolation)),
-            transforms.CenterCrop(shape.crop),
-            transforms.ToTensor(),
-            transforms.Normalize(*normalisation),
-        ]
-    )
-
-
 def image_set(
     name: str,
     group: Group,
@@ -79,7 +66,7 @@ def image_set(
         raise SourceError(f"{len(absent)} of {len(entries)} images are missing, the first is {folder / absent[0]}")
     lines = "".join(f"{file} {label} {size}\n" for (file, label), size in zip(entries, sizes, strict=True))
     names, labels = zip(*entries, strict=True)
-    dataset = ImageFiles(folder, names, labels, transform(shape, normalisation), reading)
+    dataset = ImageFiles(folder, names, labels, replace(shape, normalisation=normalisation), reading)
     fingerprint = digest(lines, repr((shape, normalisation, reading)))
     return ImageSet(name, group, dataset, description, fingerprint, names, reading.unreadable)
 

@@ -12,6 +12,8 @@ from networks import SourceError, catalogue, checkpoints
 from networks.architecture import Architecture, Input, Normalisation
 from torch import nn
 
+from openood_sandi.named_networks import FORMS
+
 from . import digits, folders
 from .console import number, positive
 from .folders import OodOption
@@ -137,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unreadable", choices=POLICIES, default=AS_OPENOOD.unreadable, help=bad + "which is OpenOOD's way")
     turned = "turn pictures as their EXIF tags say; default: as they are stored, which is OpenOOD's way"
     add("--exif", action="store_true", help=turned)
-    names = ", ".join((*catalogue.ARCHITECTURES, *catalogue.PREFIXES))
+    names = ", ".join((*catalogue.ARCHITECTURES, *FORMS))
     add(
         "--network",
         metavar="NAME",

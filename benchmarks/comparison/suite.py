@@ -150,6 +150,10 @@ class Suite:
         """The suite with every set cut to ``limit`` images in equal steps; training images are kept, all of them."""
         return self.mapped(lambda images: images.limited(limit))
 
+    def fitted_to(self, count: int | None) -> Suite:
+        """The suite with ``count`` training images in equal steps; all if there are not more, or for None."""
+        return replace(self, training=self.training and self.training.limited(count))
+
     def mapped(self, change: Callable[[ImageSet], ImageSet], training: bool = False) -> Suite:
         """The suite with every set changed, that of training images only if asked to."""
         return replace(

@@ -39,9 +39,16 @@ class FromSummaries(SandIC):
     def fit_to(self, train: Summary, labels: Tensor, held: Summary) -> FromSummaries:
         """Prototypes of training images with ``labels`` (N,), means and deviations of the images ``held`` out."""
         self._start()
+        self._found_values: dict[int, tuple[Summary, dict[str, Tensor]]] = {}
         self._learn(train, labels)
         self._settle(held)
         return self
+
+    def _values(self, summary: Summary) -> dict[str, Tensor]:
+        """Computed once for each summary and fit, as most options only change what is made of them."""
+        if id(summary) not in self._found_values:
+            self._found_values[id(summary)] = summary, super()._values(summary)
+        return self._found_values[id(summary)][1]
 
     def scores(self, summary: Summary) -> npt.NDArray[np.float64]:
         """(N,), larger for OOD."""

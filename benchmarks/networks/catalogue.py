@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import SourceError, outside
+from openood_sandi import named_networks
+from openood_sandi.named_networks import FORMS, imported, input_of_torchvision, made
+
+from . import SourceError
 from .architecture import IMAGENET, Architecture, Input
 from .cifar import CifarResNet, WideResNet
 from .imagenet import BitResNet, MobileNetV2
-from .libraries import imported
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
@@ -59,7 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **{f"resnet{depth}": _thin(depth) for depth in (20, 32, 44, 56, 110)},
     "resnet50": Architecture(
         "ResNet-50",
-        lambda classes: _torchvision("resnet50").make(classes),
+        lambda classes: imported("torchvision.models").get_model("resnet50", num_classes=classes),
         LARGE,
         lambda net: norms(net, "layer4."),  # the paper's choice on BiT, carried over
         "layer4",
@@ -76,62 +76,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MobileNetV2 (batch norms folded)", MobileNetV2, Input(256, 224, ((128 / 255,) * 3, (128 / 255,) * 3))
     ),
 }
-PREFIXES = ("openood:NAME", "torchvision:NAME", "timm:NAME", "hf:DIR", "FILE.py:FACTORY")
 DOWNLOAD = "DEFAULT"
 """Stands for torchvision's or timm's own weights, which are downloaded."""
 
 
 def architecture(name: str) -> Architecture:
-    """The one of a name in ``ARCHITECTURES``, or of one of ``PREFIXES``; SourceError if there is none."""
-    family, _, rest = name.partition(":")
-    families = {
-        "openood": _openood,
-        "torchvision": _torchvision,
-        "timm": outside.timm_network,
-        "hf": outside.hugging_face_network,
-    }
-    if rest and family in families:
-        return families[family](rest)
-    file, _, factory = name.rpartition(":")
-    if file.endswith(".py"):
-        return outside.own_network(file, factory)
-    if name not in ARCHITECTURES:
-        raise SourceError(f"No network is called {name!r}; there are {', '.join((*ARCHITECTURES, *PREFIXES))}.")
-    return ARCHITECTURES[name]
-
-
-def _openood(name: str) -> Architecture:
-    """The network that ``--network.name`` of OpenOOD's main.py gives, whose name may tell the size of its input."""
-    get_network = imported("openood.networks.utils").get_network
-
-    def make(classes: int) -> nn.Module:
-        # On the CPU: OpenOOD would put it on a GPU, and the benchmark does that itself.
-        config = SimpleNamespace(name=name, num_classes=classes, pretrained=False, num_gpus=0)
-        try:
-            net: nn.Module = get_network(config)
-        except Exception as error:
-            raise SourceError(f"OpenOOD makes no network {name!r}: {type(error).__name__}: {error}.") from error
-        return net
-
-    size = re.search(r"_(\d+)x\1$", name)
-    crop = int(size[1]) if size else 0
-    return Architecture(f"OpenOOD's {name}", make, Input(256 if crop == 224 else crop, crop) if size else None)
-
-
-def _torchvision(name: str) -> Architecture:
-    models = imported("torchvision.models")
-    if name not in models.list_models(models):  # the classifiers among them
-        raise SourceError(f"torchvision has no classifier {name!r}; its list_models(torchvision.models) names them.")
-    return Architecture(f"torchvision's {name}", lambda classes: models.get_model(name, num_classes=classes), LARGE)
+    """The one of a name in ``ARCHITECTURES``, or in one of the package's ``FORMS``; SourceError if there is none."""
+    if ":" not in name:
+        if name not in ARCHITECTURES:
+            raise SourceError(f"No network is called {name!r}; there are {', '.join((*ARCHITECTURES, *FORMS))}.")
+        return ARCHITECTURES[name]
+    found = named_networks.architecture(name)
+    # weights from a file need not be torchvision's best, whose input may be larger
+    shape = LARGE if name.startswith("torchvision:") else found.input
+    return Architecture(found.title, found.make, shape, ready=found.ready)
 
 
 def downloaded(name: str) -> tuple[nn.Module, Architecture, str]:
     """The network with its library's best weights, which are downloaded if need be, what it is, and their name."""
     if name.startswith("timm:"):
-        return outside.timm_trained(name[5:]), architecture(name), "timm's weights"
+        timm = imported("timm")
+        return made(timm.create_model, name[5:], pretrained=True), architecture(name), "timm's weights"
     weights = default_weights(name)
     net: nn.Module = imported("torchvision.models").get_model(name.rpartition(":")[2], weights=weights)
-    return net, replace(architecture(name), input=input_of(weights)), f"weights {weights}"
+    return net, replace(architecture(name), input=input_of_torchvision(weights)), f"weights {weights}"
 
 
 def default_weights(name: str) -> Any:
@@ -140,13 +108,6 @@ def default_weights(name: str) -> Any:
         raise SourceError(f"--checkpoint {DOWNLOAD} is for --network torchvision:NAME, not {name}.")
     architecture(name)
     return imported("torchvision.models").get_model_weights(name.rpartition(":")[2]).DEFAULT
-
-
-def input_of(weights: Any) -> Input:
-    """The input of torchvision's ``weights`` of a classifier."""
-    preset = weights.transforms()
-    (resize,), (crop,) = preset.resize_size, preset.crop_size
-    return Input(resize, crop, (tuple(preset.mean), tuple(preset.std)), preset.interpolation.value)
 
 
 def on_meta(classes: int) -> list[tuple[str, nn.Module]]:

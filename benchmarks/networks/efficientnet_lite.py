@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from openood_sandi.named_networks import imported
+
 from . import SourceError
-from .libraries import imported
 
 NETWORK = "tf_efficientnet_lite0"
 FIRST = "_conv_stem.weight"

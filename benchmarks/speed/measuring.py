@@ -27,12 +27,13 @@ class TimedMethod:
 
     Attributes:
         kind: what runs: a forward pass without and with a graph, MSP, SandI with and without its rectifier shortcut,
-            the naive and the released loop of :mod:`.loops`.
+            its bounds, its decisions (where bounds are proved, and by their estimates as well), the naive and the
+            released loop of :mod:`.loops`.
         options: what of S&I is computed.
         slow: whether it is timed on a small batch for a few turns.
     """
 
-    kind: Literal["forward", "kept", "msp", "sandi", "exact", "naive", "released"]
+    kind: Literal["forward", "kept", "msp", "sandi", "exact", "bounds", "decisions", "estimates", "naive", "released"]
     options: SandIOptions | None = None
     slow: bool = False
 
@@ -51,13 +52,31 @@ class TimedMethod:
         assert self.options is not None
         if self.kind in ("naive", "released"):
             return SplitLoop(net, splits, self.options, feature=feature, released=self.kind == "released")
-        return SandI(
+        detector = SandI(
             net,
             splits=list(splits),
             feature=feature or "auto",
-            rectifier_shortcut=self.kind == "sandi",
+            rectifier_shortcut=self.kind != "exact",
             **asdict(self.options),
         )
+        if self.kind == "bounds":
+            return detector.bounds
+        if self.kind in ("decisions", "estimates"):
+            return Decisions(detector, hard=self.kind == "decisions")
+        return detector
+
+
+class Decisions:
+    """``detector.is_ood`` at the threshold that 95 % of the first batch's images are below, by the middle of bounds."""
+
+    def __init__(self, detector: SandI, hard: bool) -> None:
+        self._detector, self._hard = detector, hard
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Whether each of the images (B, C, H, W) is OOD, (B,)."""
+        if self._detector.threshold is None:
+            self._detector.threshold = float(self._detector.bounds(images).middle.quantile(0.95))
+        return self._detector.is_ood(images, self._hard)
 
 
 Z, A = SandIOptions("Z"), SandIOptions("A")
@@ -69,6 +88,10 @@ METHODS: dict[str, TimedMethod] = {
     "sandi-z-union": TimedMethod("sandi", SandIOptions("Z", combine="union")),
     "sandi-z": TimedMethod("sandi", Z),
     "sandi-z-intersection": TimedMethod("sandi", SandIOptions("Z", combine="intersection")),
+    "bounds-z": TimedMethod("bounds", Z),
+    "bounds-z-t5": TimedMethod("bounds", SandIOptions("Z", steps=5)),
+    "decisions-z": TimedMethod("decisions", Z),
+    "decisions-z-estimates": TimedMethod("estimates", Z),
     "sandi-z-exact": TimedMethod("exact", Z, slow=True),
     "naive-z": TimedMethod("naive", Z, slow=True),
     "released-z": TimedMethod("released", Z, slow=True),

@@ -29,7 +29,9 @@ LEGEND = """\
 
 Methods: forward = the plain forward pass against itself (what differs from 1 is noise); kept = a forward pass with the
 autograd graph for gradients of the weights; gaia-z, gaia-a, sandi-z (count, union, intersection; T=2), sandi-z-t5
-(count, T=5) and sandi-a (T=2) = SandI as it comes; sandi-z-exact = sandi-z without the rectifier shortcut; naive = one
+(count, T=5) and sandi-a (T=2) = SandI as it comes; bounds-z, bounds-z-t5 = its bounds at T=2 and 5; decisions-z =
+is_ood at a threshold that 5 % of the images exceed, and decisions-z-estimates without proof of the lower bounds (T=2);
+sandi-z-exact = sandi-z without the rectifier shortcut; naive = one
 split at a time by a hook and whole forward passes; released = what the authors' release spends: one split at a time,
 its prefix once, then the suffix and two create_graph backward passes for each step."""
 

@@ -61,6 +61,7 @@ def measure_point(value: int, point: Point, setting: Setting) -> list[dict[str, 
     splits = evenly(norms(net), point.splits)
     jobs: dict[str, Job] = {
         "sandi-z": SandI(net, variant="Z", splits=splits, steps=point.steps),
+        "bounds-z": SandI(net, variant="Z", splits=splits, steps=point.steps).bounds,
         "sandi-z-exact": SandI(net, variant="Z", splits=splits, steps=point.steps, rectifier_shortcut=False),
         "naive-z": SplitLoop(net, splits, SandIOptions(steps=point.steps)),
     }

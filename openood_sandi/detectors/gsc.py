@@ -41,7 +41,7 @@ INFO = DetectorInfo(
     venue="ICCV",
     year=2025,
     url="https://arxiv.org/abs/2507.01417",
-    needs="a linear head",
+    needs="a linear head by default",
 )
 
 _SCORES = ("energy", "msp")

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 __all__ = ["DetectorInfo", "Needs"]
 
-Needs = Literal["nothing", "training images", "a linear head"]
+Needs = Literal["nothing", "training images", "a linear head", "a linear head by default"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DetectorInfo:
     year: int | None = None
     """When it appeared."""
     needs: Needs = "nothing"
-    """Beside the network itself."""
+    """Beside the network itself. "By default": another value of some option does without."""
     fitted: tuple[str, ...] = ()
     """The attributes that ``fit`` sets, which OpenOOD's face keeps between networks."""
 

@@ -32,6 +32,7 @@ _CHOICES = {
     "ascent": ("cross_entropy", "max_logit"),
     "top_over": ("channels", "labels"),
     "denominator": ("mean", "channel"),
+    "precision": ("exact", "bounded"),
 }
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}

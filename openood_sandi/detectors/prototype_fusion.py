@@ -25,7 +25,7 @@ from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
 from openood_sandi.detectors.options import plain_numbers
 from openood_sandi.engine import checks
-from openood_sandi.engine.devices import Moved, exact_device, fetch
+from openood_sandi.engine.devices import Moved, add_rows, exact_device, fetch
 from openood_sandi.engine.features import pooled, require_called, stages
 
 __all__ = ["INFO", "PrototypeFusion", "affinity"]
@@ -133,7 +133,7 @@ class PrototypeFusion(Detector):
             self._sums = exact.new_zeros(1 + self._classes, exact.shape[1])
             self._seen = torch.zeros(1 + self._classes, dtype=torch.int64, device=exact.device)
         rows = 1 + labels.clamp_min(-1)  # the first is of images without a label
-        self._sums.index_add_(0, rows, exact)
+        add_rows(self._sums, rows, exact)
         self._seen.index_add_(0, rows, torch.ones_like(rows))
 
     def _settle(self, held: Features) -> None:

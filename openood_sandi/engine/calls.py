@@ -114,10 +114,7 @@ def _shortcut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         args, kwargs = map_tensors((args, kwargs), lambda t: t if lanes_of(t) is None else align(t, ids, largest))
         return func(*args, **kwargs)
     if func in _FOLD and first_only and rank >= _FOLD[func] and not (func in _BATCH_NORM and _trains(args, kwargs)):
-        batch = args[0].flatten(0, 1)
-        if len(batch) == 1:  # its stride is made up, and torch's batch norm has wrong gradients for some
-            batch = batch.contiguous()
-        folded = func(batch, *args[1:], **kwargs)
+        folded = func(args[0].flatten(0, 1), *args[1:], **kwargs)
         if func in _BATCH_NORM:
             with_right_gradient(folded)
         return map_tensors(folded, lambda t: t.unflatten(0, (len(ids), -1)))

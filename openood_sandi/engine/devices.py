@@ -16,7 +16,17 @@ from torch import Tensor
 from openood_sandi.engine.contents import version
 from openood_sandi.engine.memory import is_out_of_memory
 
-__all__ = ["Moved", "exact_device", "exact_dtype", "fetch", "has_float64", "is_autocast", "rows_where", "take"]
+__all__ = [
+    "Moved",
+    "add_rows",
+    "exact_device",
+    "exact_dtype",
+    "fetch",
+    "has_float64",
+    "is_autocast",
+    "rows_where",
+    "take",
+]
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
@@ -46,6 +56,24 @@ def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True))
 
 
+def add_rows(totals: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``totals[rows[i]] += values[i]`` for all i, with the same bits every time.
+
+    On GPUs ``index_add_`` adds in the order in which threads come: the processes of ``torchrun`` would learn prototypes
+    that differ in their last bits, and refuse to share a task. A product of matrices does not.
+
+    Args:
+        totals: (N, K), on the device of the others and of the dtype of ``values``.
+        rows: (B,) int64, from 0 to N - 1.
+        values: (B, K).
+    """
+    if totals.device.type == "cpu":
+        totals.index_add_(0, rows, values)
+    else:
+        chosen = rows == torch.arange(len(totals), device=rows.device)[:, None]
+        totals.addmm_(chosen.to(values.dtype), values)
+
+
 class Moved:
     """Tensors as they are on another device, each moved there once."""
 
@@ -55,12 +83,13 @@ class Moved:
     def to(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the dtype of ``like``.
 
-        It is moved again where another tensor has taken the ``name``, or something was written into it.
+        It is moved again where another tensor has taken the ``name``, or something was written into it; writes into
+        inference tensors are not counted, so these are moved every time.
         """
         if tensor.device == like.device and tensor.dtype == like.dtype:
             return tensor
         source, written, moved = self._kept.get(name, (None, None, tensor))
-        same = source is tensor and written == version(tensor)
+        same = source is tensor and written is not None and written == version(tensor)
         if not same or (moved.device, moved.dtype) != (like.device, like.dtype):
             moved = tensor.to(like)
             self._kept[name] = tensor, version(tensor), moved

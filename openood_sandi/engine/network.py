@@ -6,6 +6,7 @@ paths of Eq. 9 and leaves the network as it was found. It knows nothing of what 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -39,15 +40,16 @@ Choice = Callable[["SplitNetwork", RecordedNetwork, Tensor], Sequence[Split]]
 class Weights(NamedTuple):
     """Tells states of a network's weights from one another."""
 
-    known: tuple[object, ...]
-    """What the host has read."""
+    counted: tuple[object, ...]
+    """Counts of writes. They tell most changes; not those through ``.data`` or ``.numpy()``, as pruning makes them, and
+    into inference tensors."""
     sums: list[Tensor]
-    """What is summed on other devices: to read them is to wait."""
+    """In which the others show (:mod:`.fingerprint`), where the weights are: to read them is to wait for the device."""
 
     @staticmethod
     def values(sums: Sequence[Tensor]) -> tuple[bytes, ...]:
         """``sums`` on the CPU as values to compare."""
-        return tuple(total.numpy().tobytes() for total in sums)
+        return tuple(hashlib.blake2b(of_device.numpy().data, digest_size=16).digest() for of_device in sums)
 
 
 class SplitNetwork:
@@ -179,9 +181,9 @@ class SplitNetwork:
         return logits
 
     def weights(self) -> Weights:
-        """What is another after a change of any tensor that the network holds, however it was made: all are read."""
-        read, sums = self._twin.fingerprint()
-        return Weights((self._made, read), sums)
+        """What is another after a change of any tensor that the network holds. To be called inside :meth:`over`."""
+        fingerprint = self._twin.fingerprint
+        return Weights((self._made, *fingerprint.counts()), fingerprint.sums())
 
     def record(self, x: Tensor) -> RecordedNetwork:
         """One recorded pass over ``x`` (B, C, H, W), checked against a plain one. To be called inside :meth:`over`."""

@@ -48,9 +48,10 @@ class Snapshot:
             with torch._C.DisableTorchFunction():
                 for tensor, data in self._memory:
                     tensor.data = data
-        for tensor in self._tensors:
-            if tensor.requires_grad and id(tensor) not in self._attached:  # writing in place tied it to a pass's graph
-                tensor.detach_()
+        with torch._C.DisableTorchFunction():
+            for tensor in self._tensors:
+                if tensor.requires_grad and id(tensor) not in self._attached:  # tied to a pass's graph, in place
+                    tensor.detach_()
         if values:
             self._copy(self._tensors, self._values)
             self._versions = self._counted()

@@ -81,14 +81,15 @@ class Twin:
             self._update()
             return self._why
 
-    def fingerprint(self) -> tuple[bytes, list[Tensor]]:
-        """A :class:`Fingerprint` of all tensors that the original holds: parameters, buffers, attributes."""
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of every tensor that the original holds: parameters, buffers, and those kept as attributes."""
         with self._lock:
             self._update()
             if self._fingerprint is None:
                 assert self._original is not None
                 self._fingerprint = Fingerprint(self._original.tensors)
-            return self._fingerprint()
+            return self._fingerprint
 
     def current(self) -> nn.Module:
         """The twin as the original is now, or the original where it is ``shared``.

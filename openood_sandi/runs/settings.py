@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.backends.opt_einsum  # torch does so when einsum is first called, and the setting is not to change by that
 from torch.nn.modules import module as of_all_modules
 
 __all__ = ["arithmetic", "global_hooks"]

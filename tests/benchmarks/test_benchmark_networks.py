@@ -16,6 +16,7 @@ from networks.imagenet import BitResNet
 from PIL import Image
 from torch import Tensor, nn
 
+from openood_sandi.named_networks import input_of_torchvision
 from tests.helpers import parity_networks
 from tests.helpers.places import CHECKPOINTS
 
@@ -100,16 +101,13 @@ def test_networks_have_their_published_size(name: str, parameters: int) -> None:
 
 def test_torchvisions_weights_bring_their_input() -> None:
     transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is missing: pip install torchvision")
-    from comparison.image_files import transform
-
     assert transforms is not None
     pixels = np.random.default_rng(0).integers(0, 256, (250, 333, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     for name in ("resnet50", "swin_t", "efficientnet_b3"):  # bilinear, bicubic, other sizes
         weights = catalogue.default_weights(f"torchvision:{name}")
-        shape = catalogue.input_of(weights)
-        assert shape.normalisation is not None
-        assert torch.equal(transform(shape, shape.normalisation)(image), weights.transforms()(image))
+        shape = input_of_torchvision(weights)
+        assert torch.equal(shape(image), weights.transforms()(image))
 
 
 @pytest.mark.parametrize(

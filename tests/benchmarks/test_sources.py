@@ -212,6 +212,11 @@ def test_a_limit_keeps_images_of_all_parts_of_a_set(root: Path) -> None:
     assert half.training is suite.training
     assert suite.limited(4).in_distribution is suite.in_distribution
     assert suite.limited(None).in_distribution is suite.in_distribution
+    assert suite.training is not None and half.training is suite.training
+    fewer = suite.fitted_to(2)
+    assert fewer.training is not None and len(fewer.training) == 2 and fewer.in_distribution is suite.in_distribution
+    assert fewer.training.fingerprint != suite.training.fingerprint
+    assert suite.fitted_to(None).training is suite.training
 
 
 # ---------------------------------------------------------------- folders

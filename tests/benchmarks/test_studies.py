@@ -17,17 +17,19 @@ for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
 
 
 import attack_sign
+import bounded
 import choose_constants
 import fit_cost
 import fit_subsets
 import pandas as pd
+import proved_share
 from choose_constants import Constants
 from comparison import sources
 from comparison.corruptions import BLOCKS, CORRUPTIONS, Corrupted
 from comparison.summaries import FromSummaries, rows
 from sklearn.metrics import roc_auc_score
 
-from openood_sandi import SandIC
+from openood_sandi import SandI, SandIC
 from openood_sandi.detectors.options import options_of
 from tests.helpers import tiny_suite
 
@@ -223,6 +225,7 @@ def test_the_study_of_the_sign(tmp_path: Path) -> None:
     assert attack_sign.main(["--data digits", "--eta", "0.05", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["positions"]
     assert [row["set"] for row in rows] == ["known", "unknown"]
+    assert "| 0.05 | known |" in (tmp_path / "results.md").read_text()
     for row in rows:
         assert row["down"] + row["up"] + row["not at all"] == pytest.approx(100) and row["an image"] > 0
 
@@ -241,3 +244,40 @@ def test_the_study_of_cost(tmp_path: Path) -> None:
         *(("fit, no labels", 60), ("score, no labels", 1), ("score, no labels", 15)),
     ]
     assert all(row["lower"] <= row["forwards"] <= row["upper"] for row in rows)
+
+
+# ---------------------------------------------------------------- what is proved
+
+
+def test_the_study_of_proofs(tmp_path: Path) -> None:
+    assert proved_share.main(["--data digits", "--batch-size", "6", "--steps", "1", "3", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["proved"]
+    suite = tiny_suite.suite()
+    assert [(row["set"], row["images"]) for row in rows] == [(each.name, len(each)) for each in suite.test_sets]
+    for row, images in zip(rows, suite.test_sets, strict=True):
+        for steps in (1, 3):
+            detector = SandI(suite.network, variant="Z", steps=steps)
+            detector.score(images.loader(6), progress=False)
+            assert row[f"T={steps}"] == pytest.approx(100 * detector.proved_share)
+    assert any(row["T=1"] for row in rows)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def test_the_study_of_bounds(tmp_path: Path) -> None:
+    assert bounded.main(["--data digits", "--batch-size", "6", "--steps", "3", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["bounds"]
+    suite = tiny_suite.suite()
+    known, unknown = suite.test_sets
+    assert [(row["set"], row["T"], row["images"]) for row in rows] == [(known.name, 3, 12), (unknown.name, 3, 12)]
+    exact = SandI(suite.network, variant="Z", steps=3, rectifier_shortcut=False)
+    tau = [exact.score(images.loader(6), progress=False).score.astype(float) for images in (known, unknown)]
+    bounds = SandI(suite.network, variant="Z", steps=3).bounds(torch.stack([image for image, _ in unknown.dataset]))
+    threshold = sorted(tau[0])[11]  # the 95 % quantile of twelve
+    assert rows[1]["half-width %"] == pytest.approx(float((bounds.half_width / tau[1]).max()) * 100, rel=1e-3)
+    assert rows[1]["proved %"] == 100 * float(bounds.proved.double().mean())
+    assert rows[1]["above %"] == pytest.approx(100 * float((bounds.high > threshold).double().mean()))
+    greater = (tau[1][:, None] > tau[0]) + 0.5 * (tau[1][:, None] == tau[0])
+    assert rows[1]["AUROC tau"] == pytest.approx(100 * greater.mean())
+    assert rows[0]["outside"] == rows[1]["outside"] == 0 and rows[0]["AUROC tau"] is None

@@ -37,6 +37,7 @@ from speed.networks import NETWORKS, TimedNetwork, narrow, out_of_place
 from openood_sandi import SandI
 
 CPU = torch.device("cpu")
+BOUNDS = {"bounds-z", "bounds-z-t5", "decisions-z", "decisions-z-estimates"}
 NARROW = {"resnet18": 1 / 16, "resnet34": 1 / 16, "wrn40-2": 1 / 8, "bit-s-r101x1": 1 / 16, "resnet50": 1 / 16}
 
 
@@ -342,7 +343,7 @@ def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.
     assert (frame.loc[frame["method"].isin(["forward", "kept", "msp"]), "flops"] == 1).all()
     assert (frame.loc[frame["method"] == "kept", "peak_of_kept"] == 1).all()
     compared = frame[frame["score_difference"].notna()]
-    assert set(compared["method"]) == set(frame["method"]) - {"forward", "kept", "msp", "naive-z", "naive-a"}
+    assert set(compared["method"]) == set(frame["method"]) - {"forward", "kept", "msp", "naive-z", "naive-a", *BOUNDS}
     assert compared["score_difference"].max() < 1e-3
 
     record = json.loads((tmp_path / "throughput.json").read_text(), parse_constant=lambda text: pytest.fail(text))
@@ -350,7 +351,7 @@ def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.
     assert record["seed"] == 5 and record["width"] == 0.0625 and record["splits"] == "paper" and "commit" in record
     assert record["hardware"]["torch_threads"] == 1 and record["versions"]["torch"] == torch.__version__
     assert {(p["value"], p["method"]) for p in record["scaling"]["number of splits"]} == {
-        (value, name) for value in (1, 3) for name in ("sandi-z", "sandi-z-exact", "naive-z")
+        (value, name) for value in (1, 3) for name in ("sandi-z", "bounds-z", "sandi-z-exact", "naive-z")
     }
     printed, written = capsys.readouterr().out, (tmp_path / "throughput.md").read_text()
     for text in (printed, written):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openood_sandi.detectors.gsc import GradientShortCircuit
+from openood_sandi.detectors.gsc import INFO, GradientShortCircuit
 from openood_sandi.engine.suffix import sensitivity
 from tests.helpers import tiny_suite
 from tests.helpers.surroundings import surroundings
@@ -194,3 +194,15 @@ def test_what_cannot_be_done_is_said(net: nn.Module, in_place: nn.Module, x: Ten
     ]:
         with pytest.raises(ValueError, match=message):
             GradientShortCircuit(network, layer=layer)(x)
+
+
+def test_a_network_without_a_linear_head_needs_a_layer() -> None:
+    """As its ``INFO`` says, the default alone needs a linear head."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Tanh()]
+    net = nn.Sequential(*layers)
+    x = torch.randn(3, 3, 8, 8)
+    assert INFO.needs == "a linear head by default"
+    with pytest.raises(ValueError, match="not the output of a linear layer"):
+        GradientShortCircuit(net.eval())(x)
+    assert GradientShortCircuit(net, layer="1")(x)[1].isfinite().all()

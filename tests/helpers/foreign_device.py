@@ -29,7 +29,7 @@ _TOLD = {
 _OF_FORM = {aten.is_same_size, aten.sym_numel, aten.sym_storage_offset}
 #: Operators with places that may be a mask.
 _PLACES = {aten.index: 1, aten.index_put: 1, aten.index_put_: 1, aten._index_put_impl_: 1}
-_TRANSFERS = {aten._to_copy, aten.copy_, aten._foreach_copy_}
+_TRANSFERS = {aten._to_copy, aten.to, aten.copy_, aten._foreach_copy_}
 
 
 class OnDevice(Tensor):

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Need = Literal["head", "blocks", "training", "validation", "OOD validation"]
-NEEDS: dict[str, tuple[Need, ...]] = {"nothing": (), "a linear head": ("head",), "training images": ("training",)}
+NEEDS: dict[str, tuple[Need, ...]] = {
+    "nothing": (),
+    "training images": ("training",),
+    **dict.fromkeys(("a linear head", "a linear head by default"), ("head",)),
+}
 """Those of this package's detectors, by how they say it."""
 """A linear last layer; stages that can be run one by one; training images; ID and OOD validation images."""
 

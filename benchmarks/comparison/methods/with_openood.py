@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from networks.libraries import openood_importable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from openood_sandi.named_networks import make_openood_importable
 from openood_sandi.plugin import registry, standins
 
 from ..suite import Suite
@@ -70,7 +70,7 @@ def offer(suite: Suite, parts: NetworkParts) -> Offer:
 @functools.cache
 def import_problem() -> str | None:
     """Why OpenOOD cannot be imported, None if it can; ``$OPENOOD_HOME`` may name a checkout."""
-    openood_importable()
+    make_openood_importable()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             import openood.evaluation_api  # noqa: F401

@@ -113,7 +113,7 @@ class _Counting(TorchFunctionMode):
         axis = self.axes[self.seen] if self.seen < len(self.axes) else None
         if axis is not None:
             self.counts[self.seen] = counts(x, clip, axis)
-            self.positions[self.seen] = x.numel() // (x.shape[0] * x.shape[axis])
+            self.positions[self.seen] = math.prod(size for dim, size in enumerate(x.shape) if dim not in (0, axis))
         self.seen += 1
 
 

@@ -73,7 +73,7 @@ class Summaries:
         """The summary of images ``x`` (B, C, H, W); without Z, which is zero then, it is quicker."""
         activations = self._activations
         found = _exact(activation_pass(self._net, x, activations.axes if with_z else activations.axes_of_ends))
-        logits, feature = found.logits.double(), found.logits.new_zeros(len(x), 0)
+        logits, feature = found.logits.double(), found.logits.new_zeros(x.shape[0], 0)
         largest, pred = logits.max(1)
         boundaries = torch.zeros_like(largest)
         if self._boundaries is not None and found.feature is not None:
@@ -99,7 +99,9 @@ def _shares(found: ActivationPass) -> dict[int, Tensor]:
     """{number of the activation call: E_j (B, K_j), float32}."""
     every = torch.cat(list(found.counts.values()), 1)  # divided all at once, as there can be a hundred
     widths = [count.shape[1] for count in found.counts.values()]
-    every.div_(_positions(tuple(found.positions.values()), tuple(widths), every.device))
+    # what is made while a graph is traced is no tensor to keep
+    positions = _positions.__wrapped__ if torch.compiler.is_compiling() else _positions
+    every.div_(positions(tuple(found.positions.values()), tuple(widths), every.device))
     return dict(zip(found.counts, torch.split(every, widths, 1), strict=True))
 
 

@@ -13,7 +13,7 @@ from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Observer
 
-__all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "score"]
+__all__ = ["AttributionMaps", "ChannelAverage", "NonZeroDensity", "count", "score", "shares"]
 
 
 def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -21,7 +21,7 @@ def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(list(densities.values()), dim=1).square().sum(dim=1).sqrt().to(dtype)
 
 
-def _count(mask: Tensor) -> Tensor:
+def count(mask: Tensor) -> Tensor:
     """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
     if mask.dtype == torch.bool and mask.device.type == "cpu" and positions >= 64 and positions % 4 == 0:
@@ -35,6 +35,14 @@ def _count(mask: Tensor) -> Tensor:
             return counts
     # int32 takes a third of the time of int64 on CPUs
     return mask.sum(2, dtype=torch.int32 if mask.dtype == torch.bool else None)
+
+
+def shares(counts: Mapping[Site, Tensor], of: Mapping[Site, int]) -> dict[str, Tensor]:
+    """{split name: (B, K)}, in [0, 1]: ``counts`` (B, K) as shares ``of`` so many, correctly rounded."""
+    # converted all at once, as there can be a hundred splits
+    every = torch.cat(list(counts.values()), 1).to(exact_dtype(next(iter(counts.values())).device))
+    parts = torch.split(every, [each.shape[1] for each in counts.values()], 1)
+    return {site.name: part.div_(of[site]) for site, part in zip(counts, parts, strict=True)}
 
 
 @cache
@@ -69,24 +77,29 @@ class NonZeroDensity(Observer):
         mask = self._at[site].by_channel(mask)
         self._sizes[site] = mask.shape[2]
         if self._combine == "count":
-            count = _count(mask)
-            self._counts[site] = self._counts[site] + count if site in self._counts else count
+            found = count(mask)
+            self._counts[site] = self._counts[site] + found if site in self._counts else found
         else:  # they wait for the other gradients, at a byte a position
             mask, before = mask.bool(), self._masks.get(site)
             if before is not None:
                 mask = before | mask if self._combine == "union" else before & mask
             self._masks[site] = mask
 
+    def counts(self) -> dict[Site, Tensor]:
+        """How many (position, i), or positions, are counted in each channel, (B, K), in the order of the splits."""
+        if self._combine != "count":
+            return {site: count(self._masks[site]) for site in self._at}
+        return {site: self._counts[site] for site in self._at}
+
+    @property
+    def sizes(self) -> dict[Site, int]:
+        """The positions of each split."""
+        return self._sizes
+
     def densities(self) -> dict[str, Tensor]:
         """{split name: (B, K)}, in [0, 1]."""
-        if self._combine != "count":
-            self._counts = {site: _count(mask) for site, mask in self._masks.items()}
         times = self._steps if self._combine == "count" else 1
-        counts = [self._counts[site] for site in self._at]
-        # converted all at once, as there can be a hundred splits
-        every = torch.cat(counts, 1).to(exact_dtype(counts[0].device))
-        parts = torch.split(every, [count.shape[1] for count in counts], 1)
-        return {site.name: part.div_(times * self._sizes[site]) for site, part in zip(self._at, parts, strict=True)}
+        return shares(self.counts(), {site: times * size for site, size in self._sizes.items()})
 
 
 # Where the log-softmax does not depend on F at all, Eq. 13 has no value; this keeps it finite, and large.

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.detectors import options as options_
-from openood_sandi.detectors.detector import Detector, Score
+from openood_sandi.detectors.detector import Detector, Score, Scores
+from openood_sandi.detectors.sandi.bounds import Bounds
+from openood_sandi.detectors.sandi.decisions import decide, is_ood
 from openood_sandi.detectors.sandi.densities import AttributionMaps, ChannelAverage, score
+from openood_sandi.detectors.sandi.first_look import tells_apart
 from openood_sandi.detectors.sandi.losses import LogitsPlan, channel_average_plan, loss_on_logits
-from openood_sandi.detectors.sandi.shortcut import ComputedDensities, ShortcutDensities
+from openood_sandi.detectors.sandi.readable import Densities
 from openood_sandi.detectors.sandi.variants import VariantChoice
+from openood_sandi.detectors.sandi.z_scores import ZScores
 from openood_sandi.engine.attack import Attack
-from openood_sandi.engine.devices import fetch
 from openood_sandi.engine.network import SplitNetwork
-from openood_sandi.engine.split_point import Split
 from openood_sandi.engine.walk import Loss, Walk
 
 __all__ = ["SandI"]
@@ -28,13 +30,10 @@ __all__ = ["SandI"]
 _log = logging.getLogger(__name__)
 
 _READ_BY = {
-    "Z": {"attribution", "combine", "rectifier_shortcut"},
+    "Z": {"attribution", "combine", "precision", "rectifier_shortcut"},
     "A": {"feature", "top_fraction", "top_over", "denominator"},
 }
 """Options that only one variant's scores depend on."""
-
-Densities = tuple[Tensor, dict[str, Tensor]]
-"""Logits (B, classes) and {split name: E (B, K)}."""
 
 
 class SandI(Detector):
@@ -73,6 +72,9 @@ class SandI(Detector):
         splitting: False attacks the input instead of every split (the paper's ablation without layer splitting).
         rectifier_shortcut: whether Z may read the patterns of gradients off rectifiers' masks, for the images where
             these prove them (:mod:`.rectifiers`); False computes every gradient.
+        precision: of Z: "exact", or "bounded", where tau is the middle of :meth:`bounds`, which cost one forward pass:
+            off by ``max_error`` at most for the share ``proved_share`` of the images, and as far as anyone has seen
+            for the others.
         memory_fraction: the share of the device's free memory that a batch's replays may plan for.
 
     Raises:
@@ -101,6 +103,7 @@ class SandI(Detector):
         denominator: str = "mean",
         splitting: bool = True,
         rectifier_shortcut: bool = True,
+        precision: str = "exact",
         memory_fraction: float = 0.5,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "net", "logits")}
@@ -111,6 +114,7 @@ class SandI(Detector):
             ascent=ascent,
             top_over=top_over,
             denominator=denominator,
+            precision=precision,
         )
         options_.require_count(steps=steps)
         options_.require_positive(step_size=step_size, epsilon=epsilon)
@@ -122,11 +126,11 @@ class SandI(Detector):
         self.combine, self.top_fraction, self.top_over, self.denominator = combine, top_fraction, top_over, denominator
         self.attribution, self.ascent, self.splitting = attribution, ascent, splitting
         self.attack = Attack(steps, step_size, epsilon, stop_at_flip)
-        self.rectifier_shortcut = rectifier_shortcut
+        self.rectifier_shortcut, self.precision = rectifier_shortcut, precision
         self._choice = VariantChoice(variant, splits, feature)
         self._network = SplitNetwork(net, logits, splits=self._choice, memory_fraction=memory_fraction)
-        self._z: Callable[[Tensor], Densities] | None = None
-        self._z_splits: Sequence[Split] = ()
+        losses = attribution, ascent, self._input_ascent()
+        self._z = ZScores(self._network, self.attack, combine, *losses, reads=rectifier_shortcut)
         self._told_apart = self._told_unread = False
 
     # ------------------------------------------------------------------ public
@@ -141,17 +145,68 @@ class SandI(Detector):
             ReplayError: the network cannot be split.
             torch.cuda.OutOfMemoryError: on any device, one image with one split at a time does not fit.
         """
-        pred, tau, finite = self._network.over(x, self._tau, _columns)
+        work = self._tau if self.precision == "exact" else self._middle
+        pred, tau, finite = self._network.over(x, work, _columns)
         if not finite:
             _log.warning("tau is NaN: %s", "; ".join(self.not_finite(x)))
         if not self._told_unread:
             self._tell_unread()
         if not self._told_apart:
-            self._look_at_first(x, tau)
+            why_zero = partial(self._why_zero, x)
+            self._told_apart = tells_apart(x, tau, self, self._choice.reads_few_zeros, why_zero)
         return Score(pred, tau)
 
     def _scored(self, summary: Score) -> Tensor:
         return summary.score
+
+    def bounds(self, x: Tensor) -> Bounds:
+        """``pred, low, high``: predicted classes (B,) and bounds on tau, (B,) each, of images ``x`` (B, C, H, W).
+
+        Z's take one forward pass, for any T; ``proved`` of the result tells of which images ``low`` is proved to be
+        one (``high`` always is). Where there is nothing to read bounds from (A, ``splitting=False``, a finite
+        ``epsilon``, networks without rectifiers behind all splits), tau is computed: low = high.
+
+        Raises:
+            As a call does.
+        """
+        return self._network.over(x, self._bounds, Bounds.joined)
+
+    def is_ood(self, x: Tensor, hard: bool = True) -> Tensor:
+        """Whether tau of images ``x`` (B, C, H, W) exceeds the threshold, (B,) bool.
+
+        With ``precision="exact"`` only the images are computed whose :meth:`bounds` leave it open; what is decided is
+        what tau decides wherever it is further from the threshold than scores in batches of other sizes are apart.
+
+        Args:
+            x: the images.
+            hard: whether the lower end has to be proved; False takes estimates for bounds as well, and computes
+                only what straddles the threshold.
+
+        Raises:
+            RuntimeError: there is no threshold yet.
+        """
+        self.image_shape = tuple(x.shape[1:])
+        return super().is_ood(x) if self.precision != "exact" else is_ood(self, x, self._known_threshold(), hard)
+
+    def decide(self, loader: Any, hard: bool = True) -> Scores:
+        """:meth:`is_ood` of a whole data set, for as few computed gradients as that takes.
+
+        The images whose bounds leave it open are gathered across batches and computed together.
+
+        Args:
+            loader: images as ``fit`` takes them, on any device.
+            hard: as for :meth:`is_ood`.
+
+        Returns:
+            Predicted classes, decisions, and scores: tau where it was computed, else the middle of its bounds.
+
+        Raises:
+            RuntimeError: there is no threshold yet.
+            ValueError: there are no images.
+        """
+        if self.precision != "exact":
+            return self.score(loader, progress=False)
+        return decide(self, loader, self._known_threshold(), self._device(), hard)
 
     def densities(self, x: Tensor) -> dict[str, Tensor]:
         """{split name: E (B, K)}, Eq. 11 for Z or Eq. 13 for A, in float64, for images ``x`` (B, C, H, W)."""
@@ -188,8 +243,14 @@ class SandI(Detector):
     @property
     def proved_share(self) -> float:
         """The share of the images so far whose patterns Z read off rectifiers, as proved there; the others, and all
-        images of A, had their gradients computed."""
-        return self._z.proved_share if isinstance(self._z, ShortcutDensities) else 0.0
+        images of A, had their gradients computed. With ``precision="bounded"``: the share of the images so far that
+        ``max_error`` holds for."""
+        return (self._z if self.precision == "exact" else self._z.told).proved_share
+
+    @property
+    def max_error(self) -> float:
+        """With ``precision="bounded"``, how far from tau the scores so far are at most; 0 with "exact"."""
+        return self._z.told.max_error
 
     def _told(self) -> dict[str, Any]:
         told = {**super()._told(), "variant": self.variant}
@@ -208,21 +269,18 @@ class SandI(Detector):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return logits.argmax(1), score(densities, dtype).masked_fill(~finite, math.nan), finite
 
-    def _densities(self, x: Tensor) -> Densities:
-        if self._choice.feature is not None:
-            return self._channel_averages(x)
-        if self._z is None or self._z_splits is not self._network.splits:
-            self._z, self._z_splits = self._z_densities(), self._network.splits
-        return self._z(x)
+    def _middle(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted classes, the middles of the bounds, and whether these are finite, (B,) each."""
+        bounds = self._bounds(x)
+        self._z.told.take(bounds)
+        return bounds.pred, bounds.middle, bounds.high.isfinite()
 
-    def _z_densities(self) -> Callable[[Tensor], Densities]:
-        """What computes the densities of Z, from images (B, C, H, W)."""
-        plan = partial(LogitsPlan, self._network.splits)
-        walk = Walk(plan(self.attribution, self.ascent), self.attack, None, self._input_ascent())
-        computed = ComputedDensities(self._network, walk, self.combine)
-        # a saturated cross-entropy has g = 0 anywhere
-        readable = self.rectifier_shortcut and self.splitting and self.attribution == "max_logit"
-        return ShortcutDensities(computed, plan(None, self.ascent)) if readable else computed
+    def _bounds(self, x: Tensor) -> Bounds:
+        bounds = self._z.bounds(x) if self._choice.feature is None else None
+        return Bounds.exactly(*self._tau(x)[:2]) if bounds is None else bounds
+
+    def _densities(self, x: Tensor) -> Densities:
+        return self._z.densities(x) if self._choice.feature is None else self._channel_averages(x)
 
     def _channel_averages(self, x: Tensor) -> Densities:
         """Logits and densities of A."""
@@ -245,12 +303,15 @@ class SandI(Detector):
     def _input_ascent(self) -> Callable[[Tensor], Loss] | None:
         return None if self.splitting else partial(loss_on_logits, self.ascent)
 
-    def _reads_any(self, x: Tensor) -> bool:
-        """Whether any gradient of Z is not zero anywhere."""
-        plan = LogitsPlan(self._network.splits, self.attribution, self.ascent)
-        walk = Walk(plan, self.attack, None, self._input_ascent())
-        _, densities = ComputedDensities(self._network, walk, "union")(x)
-        return any(bool(density.any()) for density in densities.values())
+    def _why_zero(self, x: Tensor) -> str:
+        """Why all scores are zero though gradients are not; empty where these are."""
+        if self.variant != "Z" or self.combine != "intersection" or not self._network.over(x, self._z.reads_any, any):
+            return ""
+        return (
+            "combine='intersection' scores every image of the first batch 0: no position has a non-zero gradient at "
+            f"all of the {self.attack.steps} steps, though there are such gradients; take combine='count' or 'union', "
+            "fewer steps or a smaller step_size"
+        )
 
     def _tell_unread(self) -> None:
         """Warns, once, of options that were set and that the variant does not read."""
@@ -260,40 +321,6 @@ class SandI(Detector):
         given = [f"{name}={self.options[name]!r}" for name in sorted(unread) if self.options[name] != defaults[name]]
         if given:
             _log.warning("S&I-%s does not read %s", self.variant, ", ".join(given))
-
-    def _look_at_first(self, x: Tensor, tau: Tensor) -> None:
-        """Says so, once, where the scores of different images do not differ.
-
-        Raises:
-            ValueError: they are all zero.
-        """
-        if len(x) < 2:
-            return
-        found, alike = fetch(tau, (x == x[:1]).all())
-        scores = {score for score in found.tolist() if math.isfinite(score)}
-        if len(scores) > 1:
-            self._told_apart = True
-        if len(scores) != 1 or alike:
-            return
-        self._told_apart = True
-        if scores == {0.0}:
-            if self.variant == "Z" and self.combine == "intersection" and self._network.over(x, self._reads_any, any):
-                raise ValueError(
-                    f"combine='intersection' scores every image of the first batch 0: no position has a non-zero "
-                    f"gradient at all of the {self.attack.steps} steps, though there are such gradients; take "
-                    "combine='count' or 'union', fewer steps or a smaller step_size"
-                )
-            raise ValueError(
-                "every gradient of the network is zero, so that no image can be told from another: its output is "
-                "saturated (hard decisions, a softmax of large logits) or does not depend on the split points; pass "
-                "the network that returns its logits"
-            )
-        if not self._choice.reads_few_zeros:
-            _log.warning(
-                "all %d images of the first batch have the same score, %.6g, so they cannot be told apart; try another "
-                "variant or other splits: %r",
-                *(len(x), *scores, self),
-            )
 
 
 def _columns(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:

@@ -23,10 +23,10 @@ from openood_sandi.detectors.sandi.call_graph import (
 from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.recorded import Call
 
-__all__ = ["OpenChannels"]
+__all__ = ["POOLS", "VIEWS", "OpenChannels", "dead_channels"]
 
-_POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
-_VIEWS = frozenset(("flatten", "view", "reshape"))
+POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
+VIEWS = frozenset(("flatten", "view", "reshape"))
 
 
 class OpenChannels:
@@ -54,7 +54,7 @@ class OpenChannels:
     def open_rows(self) -> Tensor:
         """(classes,): whether the row of the last layer is nowhere zero."""
         position = self._graph.output
-        while position >= 0 and self.calls[position].name in (*_POOLS, *_VIEWS):
+        while position >= 0 and self.calls[position].name in (*POOLS, *VIEWS):
             position = self.calls[position].producers[0]
         if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
             raise UnreadableError
@@ -88,7 +88,7 @@ class OpenChannels:
     def _is_view_of_positions(self, position: int) -> bool:
         """Whether a view keeps images and channels apart, or is for linear layers alone, which read all there is."""
         call, behind = self.calls[position], self.consumers[position]
-        if call.name not in _VIEWS:
+        if call.name not in VIEWS:
             return False
         kept = self._graph.shape(call.producers[0])[:2] == call.result.shape[:2]
         return kept or (bool(behind) and all(self.calls[p].name == "linear" for p in behind))

@@ -22,7 +22,7 @@ from torch import Size, Tensor
 from openood_sandi.detectors.sandi.alive import BackwardGraph
 from openood_sandi.detectors.sandi.call_graph import CallGraph, UnreadableError, argument, is_normalisation, is_sum
 from openood_sandi.detectors.sandi.links import backward_graph
-from openood_sandi.detectors.sandi.open_channels import OpenChannels, dead_channels
+from openood_sandi.detectors.sandi.open_channels import POOLS, VIEWS, OpenChannels, dead_channels
 from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.recorded import Call, Site
 from openood_sandi.engine.split_point import Split
@@ -53,7 +53,7 @@ class Rectifier:
         low, high = self.bounds
         open_ = result.bool() if low == 0 else result > low  # the quickest to take; no result is below the bounds
         if not math.isinf(high):
-            open_ &= _below(result, high)
+            open_ &= _below(result, low, high)
         return open_ if self.pool is None else open_ & _winners(result, self.pool[1])
 
     def mask(self, result: Tensor) -> Tensor:
@@ -76,6 +76,7 @@ class RectifiedNetwork:
         places: for each split, the position of the call whose result it is.
         shapes: of the result at each of these places, without the images' dimension.
         gates: for each split that feeds a rectifier and nothing else, the position of that.
+        tails: the splits that pools and the last layer alone lie behind.
         call_names: the calls that positions are counted in.
         backward: the ways of gradients back from the logits.
         open_rows: (classes,) whether the last layer's row of a class is nowhere zero; None where counts of open
@@ -86,6 +87,7 @@ class RectifiedNetwork:
     places: Mapping[Site, int]
     shapes: Mapping[int, Size]
     gates: Mapping[Site, int]
+    tails: frozenset[Site]
     call_names: tuple[str, ...]
     backward: BackwardGraph
     open_rows: Tensor | None
@@ -113,9 +115,10 @@ def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> Rectif
                 _require_all_behind(graph, places[split.site], found.span(split))
     except UnreadableError:
         return None
-    rectifiers, open_rows = _with_counts(graph, rectifiers, all_gated=len(gates) == len(splits))
+    tails = frozenset(site for site, place in places.items() if site not in gates and _is_tail(graph, place))
+    rectifiers, open_rows = _with_counts(graph, rectifiers, along_paths=len(gates) + len(tails) == len(splits))
     shapes = {place: graph.shape(place)[1:] for place in places.values()}
-    return RectifiedNetwork(rectifiers, places, shapes, gates, found.call_names, backward, open_rows)
+    return RectifiedNetwork(rectifiers, places, shapes, gates, tails, found.call_names, backward, open_rows)
 
 
 def _reads_data(calls: Sequence[Call]) -> bool:
@@ -181,6 +184,17 @@ def _gates(
                 break
 
 
+def _is_tail(graph: CallGraph, here: int) -> bool:
+    """Whether only pools and views lie between a split's tensor and the layer that gives the logits, and behind it."""
+    layers = 0
+    while here != graph.output and len(graph.consumers[here]) == 1:
+        here = graph.consumers[here][0]
+        layers += graph.calls[here].name in ("linear", "conv2d")
+        if graph.calls[here].name not in ("linear", "conv2d", *POOLS, *VIEWS):
+            return False
+    return here == graph.output and layers == 1
+
+
 def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
     """Raises UnreadableError where some of what uses a split's tensor may have got it before, or beside, the split, or
     where it leads nowhere."""
@@ -190,10 +204,10 @@ def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
 
 
 def _with_counts(
-    graph: CallGraph, rectifiers: dict[int, Rectifier], all_gated: bool
+    graph: CallGraph, rectifiers: dict[int, Rectifier], along_paths: bool
 ) -> tuple[dict[int, Rectifier], Tensor | None]:
     """The rectifiers with the number of open channels that each needs, and :attr:`RectifiedNetwork.open_rows`."""
-    if not all_gated:
+    if not along_paths:
         return rectifiers, None
     try:
         counts = OpenChannels(graph, frozenset(rectifiers))
@@ -203,9 +217,9 @@ def _with_counts(
     return {p: replace(rectifier, needed=counts.needed[p]) for p, rectifier in rectifiers.items()}, open_rows
 
 
-def _below(result: Tensor, high: float) -> Tensor:
-    """Where numbers, none of which is above ``high``, are not that."""
-    if result.device.type != "cpu" or high not in range(1, 128) or bool(result.amin() < 0):
+def _below(result: Tensor, low: float, high: float) -> Tensor:
+    """Where numbers from ``low`` to ``high`` are not the latter."""
+    if result.device.type != "cpu" or low < 0 or high not in range(1, 128):
         return result < high
     whole = result.to(torch.int8)  # rounded down: on CPUs, to compare bytes is several times as fast
     return torch.lt(whole, int(high), out=torch.empty_like(whole)).view(torch.bool)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openood_sandi.engine.devices import add_rows
+
 __all__ = ["ENOUGH", "ShareSums", "distance"]
 
 ENOUGH = 5
@@ -56,7 +58,7 @@ class ShareSums:
         self._sums = self._sums or [e.new_zeros(len(self._images), e.shape[1], dtype=torch.double) for e in shares]
         rows = rows.to(shares[0].device, non_blocking=True)
         for total, e in zip(self._sums, shares, strict=True):
-            total.index_add_(0, rows, F.normalize(e.double(), dim=1))
+            add_rows(total, rows, F.normalize(e.double(), dim=1))
 
     def prototypes(self) -> list[Tensor]:
         """(P, K_j) for each layer on the CPU: a row for each class with images, or one in all.

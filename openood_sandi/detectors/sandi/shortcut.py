@@ -1,13 +1,12 @@
 """Densities of S&I-Z with as few gradients as prove them: none, those of the steps, or all along every path.
 
 Where every split feeds a rectifier, the patterns of Eq. 11 are read off the rectifiers' masks
-(:mod:`.rectifiers`): that of g_1 in the clean pass, that of g_i in the pass at z^{i-1}, for the images where they are
-proved there. The others are computed.
+(:mod:`.rectifiers`): that of g_1 in the clean pass, that of g_i at z^{i-1}, for the images where they are proved there.
+That takes a pass at z^{i-1}, but for splits whose steps cannot close anything behind them. The others are computed.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +16,17 @@ from torch import Tensor
 
 from openood_sandi.detectors.sandi.alive_density import AliveDensity
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
-from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier, rectified_network
-from openood_sandi.engine.devices import fetch, is_autocast, rows_where, take
-from openood_sandi.engine.network import SplitNetwork, Weights
+from openood_sandi.detectors.sandi.reach import Margins
+from openood_sandi.detectors.sandi.readable import Readable, ReadableNetworks, SpotChecks
+from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier
+from openood_sandi.engine.attack import Attack
+from openood_sandi.engine.devices import fetch, rows_where
+from openood_sandi.engine.network import SplitNetwork
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.walk import LossPlan, Observer, Walk
 
-__all__ = ["ComputedDensities", "ShortcutDensities"]
+__all__ = ["ComputedDensities", "ReadDensity", "ShortcutDensities"]
 
-_log = logging.getLogger(__name__)
-
-# A sum of products is exactly zero by accident now and then: seen once in 5e8 positions in float32.
-_COINCIDENCE = 1e-5
 # Where a batch proves little, up to so many of the next are computed at once before one is read again.
 _LONGEST_PAUSE = 63
 
@@ -39,10 +37,11 @@ class ReadDensity(Observer):
     Args:
         rectified: the network's rectifiers, with counts that prove.
         density: takes in the patterns.
+        steps: T.
     """
 
-    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity) -> None:
-        self.density = density
+    def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, steps: int) -> None:
+        self.density, self._steps = density, steps
         self.lost = False
         """Whether the network makes other calls than those that the rectifiers were found in."""
         self._rectified = rectified
@@ -62,6 +61,13 @@ class ReadDensity(Observer):
         for site in self._sites[position]:
             self.density.pattern(site, mask)
         self._note(mask.sum(1), rectifier)
+
+    def direction(self, site: Site, sign: Tensor) -> bool:
+        if site not in self._rectified.tails:
+            return True
+        for _ in range(self._steps):  # nothing behind it depends on where it goes
+            self.density.pattern(site, torch.ones_like(sign, dtype=torch.bool))
+        return False
 
     def _note(self, through: Tensor, rectifier: Rectifier) -> None:
         """Keeps the fewest open channels of rectifiers whose maps are of one size, to look at them together."""
@@ -94,6 +100,58 @@ class ReadDensity(Observer):
         return unproved
 
 
+class SteppedDensity(ReadDensity):
+    """E of Eq. 11 at T = 2, read without replays of the splits that need none.
+
+    z^1 = z^0 + eta sign(dL/dz) is known as soon as the gradient of the step arrives, and what the split's rectifier
+    lets through there follows by the few calls between them. That g_2's pattern is this mask is proved for the splits
+    whose steps cannot close a position behind them (:mod:`.reach`), whatever they are.
+
+    Args:
+        readable: what is known about the network.
+        density: takes in the patterns.
+        attack: eta.
+    """
+
+    def __init__(self, readable: Readable, density: NonZeroDensity, attack: Attack) -> None:
+        super().__init__(readable.rectified, density, steps=2)
+        self._attack, self._reach = attack, readable.reach
+        self._margins = Margins(readable.reach, readable.rectified)
+        self._ways = {way.split.site: way for way in readable.ways}
+        self._wanted = {place for way in readable.ways for place in (way.position, *way.beside)}
+        self._kept: dict[int, Tensor] = {}
+        self._certain: frozenset[Site] | None = None
+
+    def call(self, position: int, name: str, result: Any) -> None:
+        super().call(position, name, result)
+        if not self.lost and isinstance(result, Tensor):
+            self._margins.call(position, result.detach())
+            if position in self._wanted:
+                self._kept[position] = result.detach()
+
+    def direction(self, site: Site, sign: Tensor) -> bool:
+        if self._certain is None:
+            self._certain = self._proved_sites()
+        if site not in self._certain:
+            return super().direction(site, sign)
+        way = self._ways[site]
+        z = self._kept[way.position]
+        entering = way.carry(self._attack.advance(z, z, sign), self._kept)
+        if way.rectifier.pool is not None:
+            entering = entering.clamp(*way.rectifier.bounds)
+        self.density.pattern(site, way.rectifier.mask(entering))
+        return False
+
+    def _proved_sites(self) -> frozenset[Site]:
+        """The splits that are proved for every image of the batch; none on a GPU, where to look would be to wait."""
+        proved = {site: self._margins.proved(site) for site in self._reach.bounds}
+        told = [each for each in proved.values() if each is not None]
+        if self.lost or not told or told[0].device.type != "cpu":
+            return frozenset()
+        certain = torch.stack(told).all(1).tolist()
+        return frozenset(site for site, known in zip(proved, certain, strict=True) if known)
+
+
 @dataclass(frozen=True)
 class ComputedDensities:
     """Densities of S&I-Z with every gradient computed.
@@ -121,16 +179,13 @@ class ShortcutDensities:
     Args:
         computed: computes them with every gradient.
         steps_alone: the same losses with nothing attributed.
+        readable: what is known about the network.
     """
 
-    def __init__(self, computed: ComputedDensities, steps_alone: LossPlan) -> None:
-        self._computed, self._steps_alone = computed, steps_alone
+    def __init__(self, computed: ComputedDensities, steps_alone: LossPlan, readable: ReadableNetworks) -> None:
+        self._computed, self._steps_alone, self._readable = computed, steps_alone, readable
         self._network, self._attack, self._combine = computed.network, computed.walk.attack, computed.combine
-        self._rectified: dict[object, RectifiedNetwork | None] = {}
-        self._sums: dict[object, tuple[bytes, ...]] = {}
-        """Of the weights as they were last read, by their counts of writes."""
-        self._looked_at: dict[object, set[int]] = {}
-        """Predicted classes of which an image was both read and computed, alike."""
+        self._checks = SpotChecks(computed)
         self._pause = self._to_compute = 0
         """How many batches were not read after the last that proved little, and how many are still to come."""
         self._seen = self._proved = 0
@@ -145,33 +200,23 @@ class ShortcutDensities:
         if self._network.is_plain:
             return self._computed(x)
         self._seen += len(x)
-        # a network may treat an image alone otherwise
-        kind = (*x.shape[1:], len(x) == 1, x.dtype, x.device, is_autocast(x.device))
-        weights = self._network.weights()
-        # their sums are asked for with all else that is to be known of the batch, and believed to be the last ones
-        sums = self._sums.get(weights.known) or Weights.values(fetch(*weights.sums))
-        self._sums = {weights.known: sums}
-        key = (*kind, weights.known, sums)
-        if key not in self._rectified:
-            rectified = rectified_network(self._network.record(x[:2]), self._network.splits)
-            self._rectified = {**dict(list(self._rectified.items())[-7:]), key: rectified}
-        rectified = self._rectified[key]
-        if rectified is None or self._to_compute:
+        look = self._readable.at(x)
+        if look.readable is None or self._to_compute:
             self._to_compute = max(0, self._to_compute - 1)
             return self._computed(x)
-        logits, found, unproved = self._masks(x, rectified)
+        logits, found, unproved = self._masks(x, look.readable)
         if found is None:
             return self._computed(x)
         finite = logits.isfinite().all(1)
         proved = torch.where(finite & ~unproved, logits.argmax(1), -1)
         to_compute = unproved & finite
-        *sums_now, classes, unproved, count = fetch(*weights.sums, proved, unproved, to_compute.sum())
-        if Weights.values(sums_now) != sums:
-            self._sums = {}
+        # asked for at once: on a GPU, to ask is to wait
+        *sums, classes, unproved, count = fetch(*look.weights.sums, proved, unproved, to_compute.sum())
+        if self._readable.has_changed(look, sums):
             self._seen -= len(x)
             return self(x)
-        if not self._agrees(x, found, classes.tolist(), key):
-            self._rectified[key] = None
+        if not self._checks.agree(x, found, classes.tolist(), look.key):
+            self._readable.reject(look.key)
             return self._computed(x)
         proves_little = 2 * int(unproved.sum()) > len(x)
         self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
@@ -182,9 +227,9 @@ class ShortcutDensities:
                 found[name][rows] = density
         return logits, found
 
-    def _masks(self, x: Tensor, rectified: RectifiedNetwork) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
+    def _masks(self, x: Tensor, readable: Readable) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
         """Logits, densities as masks tell them (None if they tell nothing), and which images (B,) are unproved."""
-        splits = self._network.splits
+        splits, rectified = self._network.splits, readable.rectified
         # What is cut off has a step of zero and stays cut off, so the union is the first pattern; behind a max-pool
         # what loses to a neighbour may win after the neighbour's step.
         union = self._combine == "union" and not rectified.has_max_pool
@@ -195,7 +240,12 @@ class ShortcutDensities:
             read = AliveDensity(rectified, density, along_paths=self._attack.steps > 1)
             logits = self._network.walk(x, Walk(self._steps_alone), read, ())
         elif rectified.open_rows is not None:
-            read = ReadDensity(rectified, density)
+            stepped = self._attack.steps == 2
+            read = (
+                SteppedDensity(readable, density, self._attack)
+                if stepped
+                else ReadDensity(rectified, density, self._attack.steps)
+            )
             logits = self._network.walk(x, Walk(self._steps_alone, self._attack), read)
         else:
             return x, None, x
@@ -203,22 +253,3 @@ class ShortcutDensities:
             return logits, None, logits
         unproved = read.unproved(logits)
         return logits, density.densities(), unproved
-
-    def _agrees(self, x: Tensor, read: dict[str, Tensor], classes: list[int], key: object) -> bool:
-        """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.
-
-        One image of each class is looked at, ever: the patterns of gradients depend on the class that is attributed.
-        """
-        looked_at = self._looked_at.get(key, set())
-        first = {label: row for row, label in reversed(list(enumerate(classes)))}
-        rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
-        if not rows:
-            return True
-        computed = self._computed(take(x, rows))[1]
-        apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
-        share = float(torch.cat(apart, 1).mean())
-        if share > _COINCIDENCE:
-            _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
-            return False
-        self._looked_at = {**dict(list(self._looked_at.items())[-7:]), key: looked_at | first.keys()}
-        return True

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import Where, conjunction, everywhere_as_none
@@ -65,24 +66,28 @@ class Windows:
         if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):
             return everywhere_as_none(where)
         down, right = self._steps
-        rows = _spread(self._in_line(where), [j * right for j in range(self.kernel[1])])
-        return everywhere_as_none(self._as_map(_spread(rows, [i * down for i in range(self.kernel[0])])))
+        line = self._in_line(where)
+        for step, places in ((right, self.kernel[1]), (down, self.kernel[0])):
+            before, line = line, line.clone() if places > 1 else line
+            for place in range(1, places):
+                line.view(-1)[place * step :] |= before.view(-1)[: -place * step]
+        return everywhere_as_none(self._as_map(line))
 
     def weighted(self, where: Tensor, read: Tensor) -> Where:
         """As a call, where windows read some of their places only: ``read`` (K, height, width) of the kernel."""
-        read = read.flatten(1)
-        found = self(conjunction(where, read.any(1)[:, None, None]))
-        partly = (read.any(1) & ~read.all(1)).nonzero()[:, 0]
+        some, every = read.flatten(1).any(1), read.flatten(1).all(1)
+        found = self(where if bool(some.all()) else conjunction(where, some[:, None, None]))
+        partly = (some & ~every).nonzero()[:, 0]
         if not len(partly):
             return found
-        down, right = self._steps
-        offsets = [i * down + j * right for i in range(self.kernel[0]) for j in range(self.kernel[1])]
-        part = where if where.shape[1] == 1 else where[:, partly]
-        found = where.new_ones(1, len(read), *self.given) if found is None else found
-        line = self._in_line(part.expand(-1, len(partly), -1, -1))
-        found = found.expand(len(where), -1, -1, -1).index_copy(
-            1, partly, self._as_map(_spread(line, offsets, read[partly]))
+        part = (where if where.shape[1] == 1 else where[:, partly]).expand(-1, len(partly), -1, -1)
+        ways = F.conv_transpose2d(  # that do not meet a zero
+            part.float(), read[partly, None].float(), stride=self.stride, dilation=self.dilation, groups=len(partly)
         )
+        bottom, right = (length - size for length, size in zip(self._lengths, ways.shape[2:], strict=True))
+        found = where.new_ones(1, 1, *self.given) if found is None else found
+        found = found.expand(len(where), len(read), -1, -1).contiguous()
+        found[:, partly] = self._without_padding(F.pad(ways > 0.5, (0, right, 0, bottom)))
         return everywhere_as_none(found)
 
     def through_weights(self, where: Tensor, unclear: Tensor, nonzero: Tensor) -> Tensor:
@@ -104,8 +109,8 @@ class Windows:
                 out[image, :, row, column] |= ways.flatten(1) > 0.5
         return self._without_padding(out)
 
-    # Maps are laid out in lines, row after row with the padding between, so that to shift one is to start elsewhere:
-    # one pass over long stretches of memory for each place of a window.
+    # Maps are laid out in lines, each row with its padding and each channel with its own, so that to shift all of them
+    # is to start elsewhere: one pass over one stretch of memory for each place of a window.
 
     @property
     def _steps(self) -> Pair:
@@ -124,30 +129,17 @@ class Windows:
     def _in_line(self, where: Tensor) -> Tensor:
         """Results (B, K, h, w) as (B, K, places), each where the first place of its window is."""
         (height, width), (down, right) = self._lengths, self.stride
-        height -= (self.kernel[0] - 1) * self.dilation[0]
         rows, columns = ((results - 1) * step + 1 for results, step in zip(self.results, self.stride, strict=True))
         line = where.new_zeros(*where.shape[:2], height, width)
         line[:, :, :rows:down, :columns:right] = where
         return line.flatten(2)
 
     def _as_map(self, line: Tensor) -> Tensor:
-        height, width = self._lengths
-        return self._without_padding(line[..., : height * width].view(*line.shape[:2], height, width))
+        return self._without_padding(line.view(*line.shape[:2], *self._lengths))
 
     def _without_padding(self, where: Tensor) -> Tensor:
         (top, left), (height, width) = self.padding, self.given
         return where[:, :, top : top + height, left : left + width].contiguous()
-
-
-def _spread(line: Tensor, offsets: Sequence[int], read: Tensor | None = None) -> Tensor:
-    """Each True of a line (B, K, places) at every offset from there, or at those that channels read (K, offsets)."""
-    places = line.shape[2]
-    out = line.new_empty(*line.shape[:2], places + max(offsets))
-    out[..., :places] = line if read is None else conjunction(line, read[:, :1])
-    out[..., places:] = False
-    for number, offset in enumerate(offsets[1:], 1):
-        out[..., offset : offset + places] |= line if read is None else conjunction(line, read[:, number, None])
-    return out
 
 
 def _sizes(call: Call, given: Size) -> tuple[Pair, Pair]:
