@@ -1,4 +1,4 @@
-"""A ResNet-20 trained on CIFAR-10, with images that it knows and textures; only some machines have them."""
+"""CIFAR ResNets trained on CIFAR-10, with images that it knows and textures; only some machines have them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Block(nn.Module):
         return F.relu(out + x)
 
 
-class ResNet20(nn.Module):
-    """He et al., 2016, section 4.2; with nine blocks a stage it is ResNet-56."""
+class CifarResNet(nn.Module):
+    """He et al., 2016, section 4.2: three stages of ``blocks`` blocks."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -64,17 +64,10 @@ def load(name: str, count: int) -> tuple[Tensor, Tensor]:
     return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor([int(label) for _, label in lines])
 
 
-def network() -> nn.Module:
-    """The trained network, in eval mode."""
-    net = ResNet20().eval()
-    net.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
-    return net
-
-
-def resnet56() -> nn.Module:
-    """ResNet-56, trained as the other is."""
-    net = ResNet20(9).eval()
-    net.load_state_dict(torch.load(CHECKPOINTS / "cifar10_resnet56.pt", weights_only=True))
+def network(depth: int = 20) -> nn.Module:
+    """The trained ResNet of 20 or 56 layers, in eval mode."""
+    net = CifarResNet((depth - 2) // 6).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / f"cifar10_resnet{depth}.pt", weights_only=True))
     return net
 
 
