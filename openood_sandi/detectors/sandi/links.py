@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -72,12 +73,23 @@ def _each(change: Callable[[Tensor], Where]) -> Link:
     return lambda pattern: pattern.each(lambda where: None if where is None else change(where))
 
 
-def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
+class _Extent(NamedTuple):
+    """What is kept of a recorded result."""
+
+    shape: Size
+    device: torch.device
+
+
+def _extent(call: Call) -> _Extent:
+    return _Extent(call.result.shape, call.result.device)
+
+
+def _each_filled(change: Callable[[Tensor], Where], behind: _Extent) -> Link:
     """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
     return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
 
 
-def _filled(where: Where, like: Tensor) -> Tensor:
+def _filled(where: Where, like: _Extent) -> Tensor:
     """A map (B or 1, K or 1, ...) with all the positions that ``like`` has."""
     if where is None:
         return torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
@@ -94,7 +106,7 @@ def _convolution(call: Call, given: Size) -> Link:
     by_group = nonzero.view(groups, -1, *nonzero.shape[1:])
     read = by_group.any(1)  # whether a place of the window is read at all, in a channel
     zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
-    reached = windows if bool(read.all()) else partial(windows.weighted, read=read.flatten(0, 1))
+    reached = windows if bool(read.all()) else windows.reading(read.flatten(0, 1))
 
     def change(where: Tensor) -> Where:
         if where.shape[1] == 1:
@@ -110,7 +122,7 @@ def _convolution(call: Call, given: Size) -> Link:
             return found
         return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
-    return _each_filled(change, call.result)
+    return _each_filled(change, _extent(call))
 
 
 def _any(parts: Tensor) -> Tensor:
@@ -176,22 +188,22 @@ def _dropout(call: Call, given: Size) -> Link:
 
 
 def _average_pool(call: Call, given: Size) -> Link:
-    return _each_filled(Windows.of_pool(call, given), call.result)
+    return _each_filled(Windows.of_pool(call, given), _extent(call))
 
 
 def _max_pool(call: Call, given: Size) -> Link:
     """Every position, less those where no window, or not every window, hands on to its winner: who wins is the matter
     of the rectifier before it, whose mask has winners alone."""
-    windows = Windows.of_pool(call, given)
+    windows, behind = Windows.of_pool(call, given), _extent(call)
 
     def every_window(where: Where) -> Where:
         if where is None:
             return None
-        some_closed = windows(~_filled(where, call.result))
+        some_closed = windows(~_filled(where, behind))
         return torch.zeros_like(where[:1, :1, :1, :1]) if some_closed is None else ~some_closed
 
     def some_window(where: Where) -> Where:
-        return None if where is None else windows(_filled(where, call.result))
+        return None if where is None else windows(_filled(where, behind))
 
     if windows.are_apart:
         return lambda pattern: pattern.each(some_window)
@@ -199,7 +211,7 @@ def _max_pool(call: Call, given: Size) -> Link:
 
 
 def _adaptive_pool(call: Call, given: Size) -> Link:
-    behind = call.result
+    behind = _extent(call)
 
     def change(where: Tensor) -> Where:
         for dim, size in ((2, given[2]), (3, given[3])):
@@ -260,13 +272,14 @@ def _slices(call: Call, given: Size) -> Link:
     if not is_tuple or index[:1] != (slice(None),):
         raise UnreadableError
     taken = [dim for dim, item in enumerate(index) if len(range(*item.indices(given[dim]))) < given[dim]]
-    behind = call.result
+    behind = _extent(call)
+    dims = range(len(given))
 
     def change(where: Where) -> Where:
-        where = torch.ones([1] * behind.dim(), dtype=torch.bool, device=behind.device) if where is None else where
-        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in range(behind.dim())])
-        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in range(behind.dim())])
-        out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
+        where = torch.ones([1] * len(given), dtype=torch.bool, device=behind.device) if where is None else where
+        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in dims])
+        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in dims])
+        out[tuple(index[dim] if dim in taken else slice(None) for dim in dims)] = where
         return everywhere_as_none(out)
 
     return lambda pattern: pattern.each(change) if taken else pattern
