@@ -1,4 +1,4 @@
-"""The rectifier shortcut on a trained network and real images: every count is the exact engine's."""
+"""Trained networks and real images: every count read is the exact engine's, and every tau between its bounds."""
 
 from __future__ import annotations
 
@@ -101,3 +101,16 @@ def test_the_union_is_that_of_gradients_whether_dead_units_come_alive_or_not(net
         assert any(not torch.equal(first[split], density) for split, density in expected.items())
     else:
         assert quick.proved_share == 1
+
+
+@pytest.mark.parametrize("name", real_images.SETS)
+@pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet18"])
+@pytest.mark.parametrize("options", [{"steps": 2}, {"combine": "intersection"}], ids=str)
+def test_tau_is_between_its_bounds(name: str, network: str, options: dict[str, object]) -> None:
+    """Also where the lower one is an estimate, as it is in all of these: nothing dies within a step in them."""
+    net = real_images.resnet18() if network == "resnet18" else NETWORKS[network][0]()
+    x = real_images.load(name, 2)[0]
+    bounds = SandI(net, variant="Z", **options).bounds(x)
+    tau = SandI(net, variant="Z", rectifier_shortcut=False, **options)(x)[1]
+    assert bool((bounds.low <= tau).all()) and bool((tau <= bounds.high).all())
+    assert bool((bounds.low < bounds.high).all()) and float((bounds.half_width / tau).max()) < 0.005

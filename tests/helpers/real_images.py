@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.helpers.networks import openood_network
 from tests.helpers.places import CHECKPOINTS, DATA
 
 CHECKPOINT = CHECKPOINTS / "cifar10_resnet20.pt"
@@ -67,4 +68,11 @@ def network(depth: int = 20) -> nn.Module:
     """The trained ResNet of 20 or 56 layers, in eval mode."""
     net = CifarResNet((depth - 2) // 6).eval()
     net.load_state_dict(torch.load(CHECKPOINTS / f"cifar10_resnet{depth}.pt", weights_only=True))
+    return net
+
+
+def resnet18() -> nn.Module:
+    """OpenOOD's resnet18_32x32, trained on CIFAR-100 on images of another normalisation, which does no harm here."""
+    net: nn.Module = openood_network("resnet18_32x32").ResNet18_32x32(num_classes=100).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / "cifar100_resnet18_32x32.pt", weights_only=True))
     return net

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -73,23 +72,17 @@ def _each(change: Callable[[Tensor], Where]) -> Link:
     return lambda pattern: pattern.each(lambda where: None if where is None else change(where))
 
 
-class _Extent(NamedTuple):
-    """What is kept of a recorded result."""
-
-    shape: Size
-    device: torch.device
-
-
-def _extent(call: Call) -> _Extent:
-    return _Extent(call.result.shape, call.result.device)
-
-
-def _each_filled(change: Callable[[Tensor], Where], behind: _Extent) -> Link:
+def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
     """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
     return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
 
 
-def _filled(where: Where, like: _Extent) -> Tensor:
+def _form(tensor: Tensor) -> Tensor:
+    """A tensor of the same form in next to no memory: links outlive the pass that they are read from."""
+    return tensor.new_empty(()).expand(tensor.shape)
+
+
+def _filled(where: Where, like: Tensor) -> Tensor:
     """A map (B or 1, K or 1, ...) with all the positions that ``like`` has."""
     if where is None:
         return torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
@@ -108,13 +101,15 @@ def _convolution(call: Call, given: Size) -> Link:
     zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
     reached = windows if bool(read.all()) else windows.reading(read.flatten(0, 1))
 
-    def change(where: Tensor) -> Where:
+    def without_zeros(where: Tensor) -> Where:
         if where.shape[1] == 1:
             return reached(where)
-        parts = where.view(len(where), groups, -1, *where.shape[2:])
-        if zeros == 0:
-            return reached(_of_all_channels(_any(parts), given[1]))
-        counts = _counts(parts)
+        return reached(_of_all_channels(_any(where.view(len(where), groups, -1, *where.shape[2:])), given[1]))
+
+    def with_zeros(where: Tensor) -> Where:
+        if where.shape[1] == 1:
+            return reached(where)
+        counts = _counts(where.view(len(where), groups, -1, *where.shape[2:]))
         # each place is read in more open channels than could have a zero weight there, or it may be read in none
         found = reached(_of_all_channels(counts > zeros, given[1]))
         unclear = (counts > 0) & (counts <= zeros)
@@ -122,7 +117,7 @@ def _convolution(call: Call, given: Size) -> Link:
             return found
         return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
-    return _each_filled(change, _extent(call))
+    return _each_filled(with_zeros if zeros else without_zeros, _form(call.result))
 
 
 def _any(parts: Tensor) -> Tensor:
@@ -188,13 +183,13 @@ def _dropout(call: Call, given: Size) -> Link:
 
 
 def _average_pool(call: Call, given: Size) -> Link:
-    return _each_filled(Windows.of_pool(call, given), _extent(call))
+    return _each_filled(Windows.of_pool(call, given), _form(call.result))
 
 
 def _max_pool(call: Call, given: Size) -> Link:
     """Every position, less those where no window, or not every window, hands on to its winner: who wins is the matter
     of the rectifier before it, whose mask has winners alone."""
-    windows, behind = Windows.of_pool(call, given), _extent(call)
+    windows, behind = Windows.of_pool(call, given), _form(call.result)
 
     def every_window(where: Where) -> Where:
         if where is None:
@@ -211,7 +206,7 @@ def _max_pool(call: Call, given: Size) -> Link:
 
 
 def _adaptive_pool(call: Call, given: Size) -> Link:
-    behind = _extent(call)
+    behind = _form(call.result)
 
     def change(where: Tensor) -> Where:
         for dim, size in ((2, given[2]), (3, given[3])):
@@ -272,14 +267,13 @@ def _slices(call: Call, given: Size) -> Link:
     if not is_tuple or index[:1] != (slice(None),):
         raise UnreadableError
     taken = [dim for dim, item in enumerate(index) if len(range(*item.indices(given[dim]))) < given[dim]]
-    behind = _extent(call)
-    dims = range(len(given))
+    behind = _form(call.result)
 
     def change(where: Where) -> Where:
-        where = torch.ones([1] * len(given), dtype=torch.bool, device=behind.device) if where is None else where
-        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in dims])
-        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in dims])
-        out[tuple(index[dim] if dim in taken else slice(None) for dim in dims)] = where
+        where = torch.ones([1] * behind.dim(), dtype=torch.bool, device=behind.device) if where is None else where
+        where = where.expand([behind.shape[dim] if dim in taken else -1 for dim in range(behind.dim())])
+        out = where.new_zeros([given[dim] if dim in taken else where.shape[dim] for dim in range(behind.dim())])
+        out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
         return everywhere_as_none(out)
 
     return lambda pattern: pattern.each(change) if taken else pattern
