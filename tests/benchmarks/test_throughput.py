@@ -426,7 +426,7 @@ def test_the_command_imports_neither_torchvision_nor_openood() -> None:
 def test_what_is_read_off_one_forward_pass_keeps_a_byte_a_unit(options: dict[str, Any]) -> None:
     """At most 0.35 of what a forward pass holds that keeps its activations, narrow as the network may be."""
     torch.manual_seed(0)
-    net = CifarResNet((3, 3, 3), 10, widths=(16, 32, 64), padded=True).eval()
+    net = CifarResNet((3, 3, 3), (16, 32, 64), 10, padded=True).eval()
     x = torch.randn(4, 3, 32, 32)
     detector = SandI(net, variant="Z", **options)
     detector(x)
