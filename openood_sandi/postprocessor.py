@@ -124,6 +124,8 @@ class DetectorPostprocessor(BasePostprocessor):  # type: ignore[misc]
         pred, score, label = score_dataset(
             detector, data_loader, device, key=key, cache=cache, unreadable=self.run["unreadable"], progress=progress
         )
+        if remark := getattr(detector, "remark", str)():  # other packages' detectors have none
+            _log.info("%s: %s", self.config.postprocessor.name, remark)
         return pred, -score, label
 
     def _key(self, net: nn.Module, data_loader: Any) -> dict[str, object] | None:

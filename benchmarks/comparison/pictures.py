@@ -69,8 +69,13 @@ def histograms(frame: pd.DataFrame, run: Run) -> Figure:
     labels = [f"ID: {suite.in_distribution.name}", "OOD: the set that the column names"]
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     told = "score (larger = more OOD), the outermost 0.5 % gathered at the ends; in the corner: AUROC, %"
-    figure.supxlabel(told, fontsize=9)
+    figure.supxlabel(told + _of_one(frame, run), fontsize=9)
     return figure
+
+
+def _of_one(frame: pd.DataFrame, run: Run) -> str:
+    """What to say of scores where the table's values are means over several networks."""
+    return f"\nscores of the network of seed {run.seed}, AUROC the mean over networks" if "AUROC std" in frame else ""
 
 
 def _histogram(panel: Axes, outcome: Outcome, suite: Suite, images: ImageSet) -> None:
@@ -103,9 +108,8 @@ def roc_curves(frame: pd.DataFrame, run: Run) -> Figure:
     for panel in panels[len(sets) :]:
         panel.set_axis_off()
     left_out = len(run.outcomes) - len(names)
-    figure.supxlabel(
-        "ID images lost, %" + (f" ({left_out} more methods in report.html)" if left_out else ""), fontsize=9
-    )
+    more = f" ({left_out} more methods in report.html)" if left_out else ""
+    figure.supxlabel("ID images lost, %" + more + _of_one(frame, run), fontsize=9)
     figure.supylabel("OOD images caught, %", fontsize=9)
     return figure
 

@@ -123,6 +123,10 @@ class Detector(ABC):
         threshold = self._known_threshold()
         return ~(self(x)[1] <= threshold)
 
+    def remark(self) -> str:
+        """What is to be said of the scores so far, where they are no exact ones; empty otherwise."""
+        return ""
+
     # ------------------------------------------------------------------ a data set
 
     def fit(self, loader: Any, val: Any = None, tpr: float = 0.95) -> Any:
@@ -175,6 +179,8 @@ class Detector(ABC):
         """
         device = self._device()
         pred, score, _ = score_dataset(self, loader_of(loader), device, unreadable=unreadable, progress=progress)
+        if self.remark():
+            _log.info("%s", self.remark())
         ood = None if self.threshold is None else ~(score <= self.threshold)
         return Scores(pred, score, ood)
 

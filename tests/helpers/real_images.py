@@ -1,4 +1,4 @@
-"""A ResNet-20 trained on CIFAR-10, with images that it knows and textures; only some machines have them."""
+"""CIFAR ResNets trained on CIFAR-10, with images that it knows and textures; only some machines have them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.helpers.networks import openood_network
 from tests.helpers.places import CHECKPOINTS, DATA
 
 CHECKPOINT = CHECKPOINTS / "cifar10_resnet20.pt"
@@ -36,16 +37,16 @@ class Block(nn.Module):
         return F.relu(out + x)
 
 
-class ResNet20(nn.Module):
-    """He et al., 2016, section 4.2."""
+class CifarResNet(nn.Module):
+    """He et al., 2016, section 4.2: three stages of ``blocks`` blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
+        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(blocks)))
+        self.layer2 = nn.Sequential(Block(16, 32), *(Block(32, 32) for _ in range(blocks - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64), *(Block(64, 64) for _ in range(blocks - 1)))
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +64,15 @@ def load(name: str, count: int) -> tuple[Tensor, Tensor]:
     return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor([int(label) for _, label in lines])
 
 
-def network() -> nn.Module:
-    """The trained network, in eval mode."""
-    net = ResNet20().eval()
-    net.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
+def network(depth: int = 20) -> nn.Module:
+    """The trained ResNet of 20 or 56 layers, in eval mode."""
+    net = CifarResNet((depth - 2) // 6).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / f"cifar10_resnet{depth}.pt", weights_only=True))
+    return net
+
+
+def resnet18() -> nn.Module:
+    """OpenOOD's resnet18_32x32, trained on CIFAR-100 on images of another normalisation, which does no harm here."""
+    net: nn.Module = openood_network("resnet18_32x32").ResNet18_32x32(num_classes=100).eval()
+    net.load_state_dict(torch.load(CHECKPOINTS / "cifar100_resnet18_32x32.pt", weights_only=True))
     return net

@@ -96,6 +96,15 @@ class Told:
         """The largest half-width."""
         return 0.0 if self._error is None else float(self._error)
 
+    def remark(self) -> str:
+        """This in words; empty before any images."""
+        if not self._seen:
+            return ""
+        return (
+            f"tau is the middle of its bounds, and off by {self.max_error:.3g} at most: that is proved of "
+            f"{100 * self.proved_share:.3g} % of {self._seen} images, and estimated of the others"
+        )
+
 
 class BoundedScores:
     """Bounds on the scores of S&I-Z where patterns can be read, from one forward pass.

@@ -58,7 +58,8 @@ class NonZeroDensity(Observer):
         splits: the split points.
         steps: T.
         combine: "count": the share of (position, i); "union": of positions where any g_i is not zero (GAIA-Z for every
-            T, as an inactive unit never moves); "intersection": of positions where all are.
+            T, as an inactive unit never moves, but where a step brings to life an active one whose gradient was zero);
+            "intersection": of positions where all are.
     """
 
     def __init__(self, splits: Sequence[Split], steps: int, combine: str) -> None:

@@ -252,6 +252,9 @@ class SandI(Detector):
         """With ``precision="bounded"``, how far from tau the scores so far are at most; 0 with "exact"."""
         return self._z.told.max_error
 
+    def remark(self) -> str:
+        return self._z.told.remark() if self.precision == "bounded" else ""
+
     def _told(self) -> dict[str, Any]:
         told = {**super()._told(), "variant": self.variant}
         if self._network.is_split:

@@ -77,6 +77,11 @@ def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
     return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
 
 
+def _form(tensor: Tensor) -> Tensor:
+    """A tensor of the same form in next to no memory: links outlive the pass that they are read from."""
+    return tensor.new_empty(()).expand(tensor.shape)
+
+
 def _filled(where: Where, like: Tensor) -> Tensor:
     """A map (B or 1, K or 1, ...) with all the positions that ``like`` has."""
     if where is None:
@@ -96,13 +101,15 @@ def _convolution(call: Call, given: Size) -> Link:
     zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
     reached = windows if bool(read.all()) else partial(windows.weighted, read=read.flatten(0, 1))
 
-    def change(where: Tensor) -> Where:
+    def without_zeros(where: Tensor) -> Where:
         if where.shape[1] == 1:
             return reached(where)
-        parts = where.view(len(where), groups, -1, *where.shape[2:])
-        if zeros == 0:
-            return reached(_of_all_channels(_any(parts), given[1]))
-        counts = _counts(parts)
+        return reached(_of_all_channels(_any(where.view(len(where), groups, -1, *where.shape[2:])), given[1]))
+
+    def with_zeros(where: Tensor) -> Where:
+        if where.shape[1] == 1:
+            return reached(where)
+        counts = _counts(where.view(len(where), groups, -1, *where.shape[2:]))
         # each place is read in more open channels than could have a zero weight there, or it may be read in none
         found = reached(_of_all_channels(counts > zeros, given[1]))
         unclear = (counts > 0) & (counts <= zeros)
@@ -110,7 +117,7 @@ def _convolution(call: Call, given: Size) -> Link:
             return found
         return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
-    return _each_filled(change, call.result)
+    return _each_filled(with_zeros if zeros else without_zeros, _form(call.result))
 
 
 def _any(parts: Tensor) -> Tensor:
@@ -176,22 +183,22 @@ def _dropout(call: Call, given: Size) -> Link:
 
 
 def _average_pool(call: Call, given: Size) -> Link:
-    return _each_filled(Windows.of_pool(call, given), call.result)
+    return _each_filled(Windows.of_pool(call, given), _form(call.result))
 
 
 def _max_pool(call: Call, given: Size) -> Link:
     """Every position, less those where no window, or not every window, hands on to its winner: who wins is the matter
     of the rectifier before it, whose mask has winners alone."""
-    windows = Windows.of_pool(call, given)
+    windows, behind = Windows.of_pool(call, given), _form(call.result)
 
     def every_window(where: Where) -> Where:
         if where is None:
             return None
-        some_closed = windows(~_filled(where, call.result))
+        some_closed = windows(~_filled(where, behind))
         return torch.zeros_like(where[:1, :1, :1, :1]) if some_closed is None else ~some_closed
 
     def some_window(where: Where) -> Where:
-        return None if where is None else windows(_filled(where, call.result))
+        return None if where is None else windows(_filled(where, behind))
 
     if windows.are_apart:
         return lambda pattern: pattern.each(some_window)
@@ -199,7 +206,7 @@ def _max_pool(call: Call, given: Size) -> Link:
 
 
 def _adaptive_pool(call: Call, given: Size) -> Link:
-    behind = call.result
+    behind = _form(call.result)
 
     def change(where: Tensor) -> Where:
         for dim, size in ((2, given[2]), (3, given[3])):
@@ -260,7 +267,7 @@ def _slices(call: Call, given: Size) -> Link:
     if not is_tuple or index[:1] != (slice(None),):
         raise UnreadableError
     taken = [dim for dim, item in enumerate(index) if len(range(*item.indices(given[dim]))) < given[dim]]
-    behind = call.result
+    behind = _form(call.result)
 
     def change(where: Where) -> Where:
         where = torch.ones([1] * behind.dim(), dtype=torch.bool, device=behind.device) if where is None else where

@@ -75,6 +75,9 @@ class ReadableNetworks:
         self._sums: dict[object, tuple[bytes, ...]] = {}
         """Of the weights as they were last read, by their counts of writes."""
 
+    def __reduce__(self) -> tuple[type[ReadableNetworks], tuple[SplitNetwork, Attack]]:
+        return ReadableNetworks, (self._network, self._attack)  # the functions that are known do not travel
+
     def at(self, x: Tensor) -> Look:
         """What is known for images ``x`` (B, C, H, W). To be called inside ``network.over``."""
         # a network may treat an image alone otherwise
