@@ -420,3 +420,15 @@ def test_the_command_imports_neither_torchvision_nor_openood() -> None:
     program += 'print("imported:", sorted({"torchvision", "openood"} & set(sys.modules)))'
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "imported: []\n"
+
+
+@pytest.mark.parametrize("options", [{"steps": 1}, {"combine": "union"}], ids=str)
+def test_what_is_read_off_one_forward_pass_keeps_a_byte_a_unit(options: dict[str, Any]) -> None:
+    """At most 0.35 of what a forward pass holds that keeps its activations, narrow as the network may be."""
+    torch.manual_seed(0)
+    net = CifarResNet((3, 3, 3), (16, 32, 64), 10, padded=True).eval()
+    x = torch.randn(4, 3, 32, 32)
+    detector = SandI(net, variant="Z", **options)
+    detector(x)
+    assert detector.proved_share == 1
+    assert count(lambda: detector(x), CPU).peak_bytes < 0.35 * count(lambda: net(x), CPU).peak_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Size, Tensor
@@ -99,7 +99,7 @@ def _convolution(call: Call, given: Size) -> Link:
     by_group = nonzero.view(groups, -1, *nonzero.shape[1:])
     read = by_group.any(1)  # whether a place of the window is read at all, in a channel
     zeros = int((~by_group).sum(1).masked_fill(~read, 0).max())
-    reached = windows if bool(read.all()) else partial(windows.weighted, read=read.flatten(0, 1))
+    reached = windows if bool(read.all()) else windows.reading(read.flatten(0, 1))
 
     def without_zeros(where: Tensor) -> Where:
         if where.shape[1] == 1:

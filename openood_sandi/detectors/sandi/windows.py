@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,22 +73,31 @@ class Windows:
                 line.view(-1)[place * step :] |= before.view(-1)[: -place * step]
         return everywhere_as_none(self._as_map(line))
 
-    def weighted(self, where: Tensor, read: Tensor) -> Where:
-        """As a call, where windows read some of their places only: ``read`` (K, height, width) of the kernel."""
+    def reading(self, read: Tensor) -> Callable[[Tensor], Where]:
+        """What a call does, where windows read some of their places only: ``read`` (K, height, width) of the kernel."""
         some, every = read.flatten(1).any(1), read.flatten(1).all(1)
-        found = self(where if bool(some.all()) else conjunction(where, some[:, None, None]))
-        partly = (some & ~every).nonzero()[:, 0]
-        if not len(partly):
-            return found
-        part = (where if where.shape[1] == 1 else where[:, partly]).expand(-1, len(partly), -1, -1)
+        are_some_dead, partly = not bool(some.all()), (some & ~every).nonzero()[:, 0]
+        kernels = read[partly, None].float()
+
+        def reached(where: Tensor) -> Where:
+            found = self(conjunction(where, some[:, None, None]) if are_some_dead else where)
+            if not len(partly):
+                return found
+            part = (where if where.shape[1] == 1 else where[:, partly]).expand(-1, len(partly), -1, -1)
+            found = where.new_ones(1, 1, *self.given) if found is None else found
+            found = found.expand(len(where), len(read), -1, -1).contiguous()
+            found[:, partly] = self._through_kernels(part, kernels)
+            return everywhere_as_none(found)
+
+        return reached
+
+    def _through_kernels(self, where: Tensor, kernels: Tensor) -> Tensor:
+        """As a call, of channels (B, n, h, w) with kernels (n, 1, height, width) of ones and zeros of their own."""
         ways = F.conv_transpose2d(  # that do not meet a zero
-            part.float(), read[partly, None].float(), stride=self.stride, dilation=self.dilation, groups=len(partly)
+            where.float(), kernels, stride=self.stride, dilation=self.dilation, groups=len(kernels)
         )
         bottom, right = (length - size for length, size in zip(self._lengths, ways.shape[2:], strict=True))
-        found = where.new_ones(1, 1, *self.given) if found is None else found
-        found = found.expand(len(where), len(read), -1, -1).contiguous()
-        found[:, partly] = self._without_padding(F.pad(ways > 0.5, (0, right, 0, bottom)))
-        return everywhere_as_none(found)
+        return self._without_padding(F.pad(ways > 0.5, (0, right, 0, bottom)))
 
     def through_weights(self, where: Tensor, unclear: Tensor, nonzero: Tensor) -> Tensor:
         """As a call, for some results alone, of a convolution each of whose weights is zero or not.
