@@ -94,9 +94,10 @@ def test_a_detector_from_outside_has_a_row_of_that_table() -> None:
 
 #: Names in the documents' tables of results that are not those of the results' files in small letters.
 METHODS = {"energy": "ebo", "max logit": "mls", "Prototype Fusion": "prototype_fusion"}
-METHODS |= {"S&I-Z": "sandi-z", "S&I-A": "sandi-a", "S&I-Z, last stage": "sandi-z-last-stage"}
+METHODS |= {"**S&I-C**": "sandi_c", "S&I-Z": "sandi-z", "S&I-A": "sandi-a", "S&I-Z, last stage": "sandi-z-last-stage"}
 
 CIFAR = [("near average", "AUROC"), ("far mnist", "AUROC"), ("far texture", "AUROC")]
+GROUPS = [("near average", "AUROC"), ("far average", "AUROC")]
 COST = ("near average", "forwards")
 
 
@@ -108,6 +109,17 @@ COST = ("near average", "forwards")
             "docs/results.md",
             "CIFAR, with",
             {"cifar10_resnet20": CIFAR, "cifar10_resnet56": CIFAR, "cifar100_resnet18": CIFAR},
+        ),
+        (
+            "docs/results.md",
+            "S&I-C",
+            {
+                "cifar10_resnet20_sandi_c": GROUPS,
+                "cifar10_resnet56_sandi_c": GROUPS,
+                "cifar100_resnet18_sandi_c": GROUPS,
+                "cifar100_densenet100_sandi_c": GROUPS,
+                "imagenet_efficientnet_lite0_sandi_c": [("far textures", "AUROC"), ("far mnist", "AUROC")],
+            },
         ),
     ],
 )

@@ -121,7 +121,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Suite]:
     """The digits with a network that is trained in no time, made once for each seed."""
     folder, made = tmp_path_factory.mktemp("networks"), digits.load
     known = functools.cache(lambda seed: made(seed, folder, QUICK))
-    return lambda seed, _: known(seed)
+    return lambda seed, *_: known(seed)
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_a_suffix_that_dies_after_the_step_is_not_proved(value: float) -> None:
     net = net.double().eval()
     x = torch.full((2, 1, 2, 2), value, dtype=torch.float64)
     bounds = require_inside(net, x)
-    assert bool(bounds.proved.all()) == (value == 1.5)
+    assert bool(bounds.proved.all()) == (value != 1.0005)  # 1 is dead from the start, which is seen, and computed
     detector = SandI(net, variant="Z")
     detector.threshold = 0.75
     assert detector.is_ood(x).tolist() == [value == 1.5] * 2
@@ -223,8 +223,28 @@ def test_weights_that_change_between_batches(pruned: str) -> None:
         else:
             net.n1.weight.data.mul_(1e9)
     found, fresh = detector.bounds(x), require_inside(net, x)
-    assert not bool(found.proved.any())
+    if pruned == "head":  # half of all units are dead, so tau is computed
+        assert torch.equal(found.low, found.high)
+    else:
+        assert not bool(found.proved.any())
     assert all(torch.equal(one, other) for one, other in zip(found, fresh, strict=True))
+
+
+def test_where_much_of_what_is_on_is_dead_tau_is_computed() -> None:
+    """Behind a depthwise convolution most open units have no gradient: no estimate that takes them for alive is one."""
+
+    def depthwise(net: Made, x: Tensor) -> Tensor:
+        a = F.relu(net.n0(net.c0(x)))
+        return net.head(F.relu(net.n1(net.deep(a))).mean((2, 3)))
+
+    net = made(lambda: Made(depthwise))
+    net.deep = nn.Conv2d(48, 48, 1, groups=48).double()
+    with torch.no_grad():
+        net.n1.bias.sub_(1.0)
+    x = images(6)
+    bounds = require_inside(net, x, proved=1.0)
+    assert torch.equal(bounds.low, bounds.high)
+    assert torch.equal(SandI(net, variant="Z", precision="bounded")(x)[1], bounds.low)
 
 
 # ---------------------------------------------------------------------- what is computed

@@ -74,6 +74,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Callable[[Tensor], Tenso
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_image_is_read_and_as_gradients_are(network: str) -> None:
     build, count, prepare = NETWORKS[network]
@@ -88,6 +89,7 @@ def test_every_image_is_read_and_as_gradients_are(network: str) -> None:
     assert quick.proved_share == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet56", "densenet, 10 classes", "mobilenet"])
 def test_the_union_is_that_of_gradients_whether_dead_units_come_alive_or_not(network: str) -> None:
     build, count, prepare = NETWORKS[network]
@@ -103,6 +105,7 @@ def test_the_union_is_that_of_gradients_whether_dead_units_come_alive_or_not(net
         assert quick.proved_share == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", real_images.SETS)
 @pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet18"])
 @pytest.mark.parametrize("options", [{"steps": 2}, {"combine": "intersection"}], ids=str)

@@ -146,6 +146,21 @@ def test_changed_options_and_networks_take_effect(checkout: Path) -> None:
             torch.testing.assert_close(postprocessor.postprocess(net, images)[1], -tau, rtol=0, atol=0)
 
 
+def test_bounded_scores_are_middles_and_the_log_says_how_far_off(
+    checkout: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from openood_sandi.postprocessor import SandIPostprocessor
+
+    net, images = tiny.network(), tiny.read_images(checkout, "tin")
+    loader = [{"data": images, "label": torch.zeros(len(images), dtype=torch.int64)}]
+    options = {"variant": "Z", "splits": "last_stage"}
+    with caplog.at_level("INFO"):
+        _, conf, _ = SandIPostprocessor(**options, precision="bounded").inference(net, loader, progress=False)
+    bounds = SandI(net, **options).bounds(images)
+    np.testing.assert_array_equal(conf, -bounds.middle.numpy())
+    assert f"sandi: tau is the middle of its bounds, and off by {float(bounds.half_width.max()):.3g}" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -58,7 +58,7 @@ def test_from_the_package() -> None:
 
 def test_old_pickles_load() -> None:
     arrays = np.arange(2), np.ones(2), np.arange(2)
-    written = pickle.dumps(BatchScores(*arrays), 0).replace(b"openood_sandi.runs.cache", b"openood_sandi.score_cache")
+    written = pickle.dumps(BatchScores(*arrays), 0).replace(b"openood_sandi.runs.results", b"openood_sandi.score_cache")
     with pytest.warns(DeprecationWarning, match="score_cache is now openood_sandi.runs.cache"):
         read = pickle.loads(written)
     assert type(read) is BatchScores and read.score.tolist() == [1, 1]

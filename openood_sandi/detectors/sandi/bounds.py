@@ -106,6 +106,10 @@ class Told:
         )
 
 
+_FAIR = 1e-3
+"""An estimate of the lower end that counts so many dead positions as alive is still one."""
+
+
 class BoundedScores:
     """Bounds on the scores of S&I-Z where patterns can be read, from one forward pass.
 
@@ -120,6 +124,9 @@ class BoundedScores:
         self._steps_alone, self._readable = steps_alone, readable
         first = ComputedDensities(computed.network, Walk(computed.walk.losses, Attack(1)), "count")
         self._checks = SpotChecks(first)
+        self._fair = SpotChecks(first, _FAIR)
+        self._unfair: set[object] = set()
+        """Where estimates are none: much of what is on is dead, as behind depthwise convolutions."""
 
     def __call__(self, x: Tensor) -> Bounds | None:
         """Of images (B, C, H, W); None where nothing can be read, and all has to be computed.
@@ -131,7 +138,7 @@ class BoundedScores:
             return None
         look = self._readable.at(x)
         readable = look.readable
-        if readable is None or not readable.is_bounded:
+        if readable is None or not readable.is_bounded or look.key in self._unfair:
             return None
         if self._combine == "union" and not readable.rectified.has_max_pool:
             return None
@@ -141,11 +148,15 @@ class BoundedScores:
             return None
         pred, finite = logits.argmax(1), logits.isfinite().all(1)
         proved = ends.proved(logits)
-        *sums, classes = fetch(*look.weights.sums, torch.where(finite & proved, pred, -1))
+        surely, maybe = (torch.where(finite & which, pred, -1) for which in (proved, ~proved))
+        *sums, classes, estimated = fetch(*look.weights.sums, surely, maybe)
         if self._readable.has_changed(look, sums):
             return self(x)
         if not self._checks.agree(x, ends.first(), classes.tolist(), look.key):
             self._readable.reject(look.key)
+            return None
+        if not self._fair.agree(x, ends.first(), estimated.tolist(), look.key):
+            self._unfair.add(look.key)
             return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
         low, high = (score(each, dtype).masked_fill(~finite, math.nan) for each in ends.densities())

@@ -115,10 +115,11 @@ class SpotChecks:
 
     Args:
         computed: computes densities with every gradient.
+        tolerance: the share of the positions that may differ.
     """
 
-    def __init__(self, computed: Callable[[Tensor], Densities]) -> None:
-        self._computed = computed
+    def __init__(self, computed: Callable[[Tensor], Densities], tolerance: float = _COINCIDENCE) -> None:
+        self._computed, self._tolerance = computed, tolerance
         self._looked_at: dict[object, set[int]] = {}
         """Predicted classes of which an image was both read and computed, alike."""
 
@@ -135,7 +136,7 @@ class SpotChecks:
         computed = self._computed(take(x, rows))[1]
         apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
         share = float(torch.cat(apart, 1).mean())
-        if share > _COINCIDENCE:
+        if share > self._tolerance:
             _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
             return False
         self._looked_at = {**dict(list(self._looked_at.items())[-7:]), key: looked_at | first.keys()}
