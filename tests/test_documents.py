@@ -116,6 +116,7 @@ COST = ("near average", "forwards")
             {
                 "cifar10_resnet20_sandi_c": GROUPS,
                 "cifar10_resnet56_sandi_c": GROUPS,
+                "cifar10_densenet100_sandi_c": GROUPS,
                 "cifar100_resnet18_sandi_c": GROUPS,
                 "cifar100_densenet100_sandi_c": GROUPS,
                 "imagenet_efficientnet_lite0_sandi_c": [("far textures", "AUROC"), ("far mnist", "AUROC")],
