@@ -32,6 +32,16 @@ _READ: Mapping[str, Callable[[], object]] = {
     "mkldnn convolution precision": lambda: _precision(_backends.mkldnn.conv),
     "mkldnn matmul precision": lambda: _precision(_backends.mkldnn.matmul),
     "nnpack": lambda: torch._C._get_nnpack_enabled(),
+    "flash attention": lambda: _backends.cuda.flash_sdp_enabled(),
+    "memory-efficient attention": lambda: _backends.cuda.mem_efficient_sdp_enabled(),
+    "attention by mathematics": lambda: _backends.cuda.math_sdp_enabled(),
+    "attention by cuDNN": lambda: _backends.cuda.cudnn_sdp_enabled(),
+    "quantised engine": lambda: _backends.quantized.engine,
+    "order of einsum": lambda: (_backends.opt_einsum.enabled, _backends.opt_einsum.strategy),
+    # there is no function that tells; a denormal number that is doubled does
+    "denormal numbers": lambda: bool(torch.tensor(2.0**-1060, dtype=torch.float64) * 2 > 0),
+}
+_READ_ELSEWHERE: Mapping[str, Callable[[], object]] = {
     "cuDNN": lambda: _backends.cudnn.enabled,
     "cuDNN benchmark": lambda: _backends.cudnn.benchmark,
     "cuDNN deterministic": lambda: _backends.cudnn.deterministic,
@@ -42,15 +52,8 @@ _READ: Mapping[str, Callable[[], object]] = {
     "CUDA matmul in reduced float16": lambda: _backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     "CUDA matmul in reduced bfloat16": lambda: _backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
     "CUDA matmul accumulates float16": lambda: _backends.cuda.matmul.allow_fp16_accumulation,
-    "flash attention": lambda: _backends.cuda.flash_sdp_enabled(),
-    "memory-efficient attention": lambda: _backends.cuda.mem_efficient_sdp_enabled(),
-    "attention by mathematics": lambda: _backends.cuda.math_sdp_enabled(),
-    "attention by cuDNN": lambda: _backends.cuda.cudnn_sdp_enabled(),
-    "quantised engine": lambda: _backends.quantized.engine,
-    "order of einsum": lambda: (_backends.opt_einsum.enabled, _backends.opt_einsum.strategy),
-    # there is no function that tells; a denormal number that is doubled does
-    "denormal numbers": lambda: bool(torch.tensor(2.0**-1060, dtype=torch.float64) * 2 > 0),
 }
+"""What decides nothing on a CPU; OpenOOD, for one, sets some of it when it is imported."""
 _HOOKS = (
     *("_global_forward_pre_hooks", "_global_forward_hooks"),
     *("_global_backward_pre_hooks", "_global_backward_hooks"),
@@ -58,8 +61,9 @@ _HOOKS = (
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
-    """Every setting by name, in words, with what autocast does on ``device``."""
-    return {name: _in_words(read) for name, read in {**_READ, **_autocast(device)}.items()}
+    """Every setting that decides something on ``device`` by name, in words."""
+    elsewhere = {} if device.type == "cpu" else _READ_ELSEWHERE
+    return {name: _in_words(read) for name, read in {**_READ, **elsewhere, **_autocast(device)}.items()}
 
 
 def global_hooks() -> list[object]:

@@ -166,6 +166,7 @@ def test_half_precision_becomes_single(net: nn.Module, tmp_path: Path) -> None:
     torch.testing.assert_close(other.fc.weight, net.get_parameter("fc.weight"), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_and_recognised(tmp_path: Path) -> None:
     state = catalogue.ARCHITECTURES["resnet20"].make(10).state_dict()
     path = saved(tmp_path, "pt", state)

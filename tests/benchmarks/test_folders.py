@@ -101,6 +101,7 @@ def test_trouble_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest.
             reading.Reading(policy).read(tmp_path / "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_file_that_its_disk_does_not_give_is_skipped_and_read_again(
     number: int, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -212,6 +212,7 @@ def test_the_table_holds_the_metrics_of_the_methods_scores(quick: list[str], tmp
         assert frame.loc[images.name, FPR_PAPER] == pytest.approx(100 * expected.fpr95_ood_let_in)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_again_byte_for_byte_without_scoring(
     quick: list[str], tmp_path: Path, scored: Counter[str]
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_finished_run_is_reported_again_byte_for_byte_without_scoring(
     assert set(scored) == set(OURS[1:])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_finished(
     quick: list[str],
     tmp_path: Path,
@@ -281,6 +283,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
         assert "No row for sandi-a: ValueError: 20 of 20 scores of digits are not finite" in text
 
 
+@pytest.mark.slow
 def test_several_seeds_give_a_standard_deviation(quick: list[str], tmp_path: Path) -> None:
     arguments = [*quick, "--methods", "gaia-z", "--no-cost", "--no-pictures"]
     assert side_by_side.main([*arguments, "--seeds", "0", "1", "--out", str(tmp_path / "both")]) == 0

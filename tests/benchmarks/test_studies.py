@@ -233,6 +233,7 @@ def test_the_study_of_the_sign(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what a fit costs
 
 
+@pytest.mark.slow
 def test_the_study_of_cost(tmp_path: Path) -> None:
     assert (
         fit_cost.main(["--data digits", "--images", "60", "--turns", "2", "--batch-size", "15", "--out", str(tmp_path)])

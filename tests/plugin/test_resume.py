@@ -121,6 +121,7 @@ def test_data_that_cannot_be_told_apart_are_not_cached(
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.slow
 def test_unreadable_images(
     checkout: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
