@@ -347,7 +347,7 @@ def test_digits_hold_out_nothing_of_the_test_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--network=resnet20", "--checkpoint=random", "--ood=usps", "--id=."])
 def test_digits_take_no_other_network_or_images(option: str) -> None:
-    with pytest.raises(SourceError, match="goes with other --data|--data digits trains its own, one of smallresnet, "):
+    with pytest.raises(SourceError, match=r"goes with other --data|--data digits trains its own, one of smallresnet, "):
         load(option)
 
 
