@@ -25,9 +25,8 @@ def tells_apart(x: Tensor, tau: Tensor, detector: object, is_known: bool, why_ze
     """
     if len(x) < 2:
         return False
-    found, alike = fetch(tau, (x == x[:1]).all())
-    scores = {score for score in found.tolist() if math.isfinite(score)}
-    if len(scores) != 1 or alike:
+    scores = {score for score in fetch(tau)[0].tolist() if math.isfinite(score)}
+    if len(scores) != 1 or bool((x == x[:1]).all()):  # seldom looked at: it takes memory and a wait
         return len(scores) > 1
     if scores == {0.0}:
         raise ValueError(why_zero() or _NO_GRADIENTS)
