@@ -167,7 +167,7 @@ def test_on_every_trap(case: Case) -> None:
     require_inside(net, x, splits=splits, step_size=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @networks.each
 def test_on_every_network(case: Case) -> None:
     net, x = cases.build(case), cases.images(case)

@@ -134,7 +134,7 @@ def test_a_few_changes(world: World) -> None:
         assert fuzz(world, server, 4) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_changes_each_in_a_fresh_process(world: World) -> None:
     with Server() as server:
         assert fuzz(world, server, 101) > 50, "changes that change nothing prove nothing"
@@ -172,7 +172,7 @@ def test_a_few_other_processes_score_nothing(world: World) -> None:
     assert hits(world, 1, 3) == [True] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_other_processes_score_nothing(world: World) -> None:
     assert hits(world, 10, 10) == [True] * 100
 
