@@ -167,7 +167,7 @@ class SandI(Detector):
         ``epsilon``, networks without rectifiers behind all splits), tau is computed: low = high.
 
         Raises:
-            As a call does.
+            ValueError, TypeError, ReplayError, torch.cuda.OutOfMemoryError: as of a call.
         """
         return self._network.over(x, self._bounds, Bounds.joined)
 

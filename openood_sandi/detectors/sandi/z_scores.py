@@ -26,7 +26,8 @@ class ZScores:
         network: the split network.
         attack: the steps.
         combine: how Eq. 11 goes over the gradients.
-        attribution, ascent: L_attr and L_step by their names, see :func:`~.losses.loss_on_logits`.
+        attribution: L_attr by its name, see :func:`~.losses.loss_on_logits`.
+        ascent: L_step by its name.
         input_ascent: for the ablation without splitting, what the input ascends.
         reads: whether patterns may be read off rectifiers.
 
