@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytorch_ood.api import (
     Detector,
@@ -26,6 +26,9 @@ from openood_sandi.detectors.sandi import INFO, calibrated
 from openood_sandi.detectors.sandi.calibrated import SandIC
 from openood_sandi.detectors.sandi.detector import SandI
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own is of Python 3.11
+
 __all__ = ["SandICDetector", "SandIDetector"]
 
 
@@ -33,7 +36,40 @@ def _paper(info: openood_sandi.DetectorInfo) -> Paper:
     return Paper(title=info.title, venue=info.venue, year=info.year, url=info.url)
 
 
-class SandIDetector(Detector):  # type: ignore[misc]
+class _OfThisPackage(Detector):  # type: ignore[misc]
+    """A detector of this package, made anew whenever its options are set."""
+
+    _kind: ClassVar[type[SandI] | type[SandIC]]
+    _scores_by: ClassVar[str]
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        if model is None:
+            raise ModelNotSetException(
+                f"{type(self).__name__} needs a model: it scores by the model's {self._scores_by}"
+            )
+        self.model = model
+        self.options = options
+        self._detector = self._kind(model, **options)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores (B,) of images ``x`` (B, C, H, W), larger = more out-of-distribution."""
+        device = self.device
+        _, score = self._detector(x if device is None else x.to(device))
+        return score
+
+    def get_hyperparameters(self) -> dict[str, Any]:
+        options = options_of(self._kind) | self.options
+        return {name: options[name] for name in self.hyperparameter_space}
+
+    def set_hyperparameters(self, **options: Any) -> Self:
+        """Set any options, those of ``hyperparameter_space`` and others; what needs a fit needs another one then."""
+        self._detector = self._kind(self.model, **{**self.options, **options})
+        self.options |= options
+        return self
+
+
+class SandIDetector(_OfThisPackage):
     """S&I with the options of :class:`openood_sandi.SandI`; the score is tau of Eq. 14. There is nothing to fit.
 
     Args:
@@ -47,42 +83,19 @@ class SandIDetector(Detector):  # type: ignore[misc]
         ai_coded=True,
     )
     requires_fit = False
+    _kind, _scores_by = SandI, "gradients"
     hyperparameter_space: ClassVar[dict[str, list[Any]]] = {
         "variant": ["Z", "A"],
         "splits": ["all", "last_stage"],
         "step_size": [1e-3, 1e-2],
     }
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        super().__init__()
-        if model is None:
-            raise ModelNotSetException("SandIDetector needs a model: it scores by the model's gradients")
-        self.model = model
-        self.options = options
-        self._detector = SandI(model, **options)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores (B,) of images ``x`` (B, C, H, W), larger = more out-of-distribution."""
-        device = self.device
-        _, tau = self._detector(x if device is None else x.to(device))
-        return tau
-
-    def get_hyperparameters(self) -> dict[str, Any]:
-        options = options_of(SandI) | self.options
-        return {name: options[name] for name in self.hyperparameter_space}
-
-    def set_hyperparameters(self, **options: Any) -> SandIDetector:
-        """Set any options of :class:`openood_sandi.SandI`, those of ``hyperparameter_space`` and others."""
-        self._detector = SandI(self.model, **{**self.options, **options})
-        self.options |= options
-        return self
-
     def to(self, device: Any) -> SandIDetector:
         super().to(device)
         return self.set_hyperparameters()  # a fresh study of the network where it is now
 
 
-class SandICDetector(Detector):  # type: ignore[misc]
+class SandICDetector(_OfThisPackage):
     """S&I-C, this package's calibrated score (not the paper's), with the options of :class:`openood_sandi.SandIC`.
 
     Args:
@@ -96,18 +109,12 @@ class SandICDetector(Detector):  # type: ignore[misc]
         ai_coded=True,
     )
     requires_fit = True
+    _kind, _scores_by = SandIC, "activations"
     hyperparameter_space: ClassVar[dict[str, list[Any]]] = {
         "base": ["max_logit+fdbd", "max_logit", "energy"],
         "gate": [1.0, 1.5, 2.0],
     }
-
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        super().__init__()
-        if model is None:
-            raise ModelNotSetException("SandICDetector needs a model: it scores by the model's activations")
-        self.model = model
-        self.options = options
-        self._detector = SandIC(model, **options)
+    _detector: SandIC
 
     def fit(self, data_loader: Any, val: Any = None) -> SandICDetector:
         """Fit to training images, and take means and deviations from ``val``, or from a tenth of them without it.
@@ -125,16 +132,4 @@ class SandICDetector(Detector):  # type: ignore[misc]
         """
         if not self._detector.statistics:
             raise RequiresFittingException("SandICDetector has no prototypes: call fit first")
-        device = self.device
-        _, score = self._detector(x if device is None else x.to(device))
-        return score
-
-    def get_hyperparameters(self) -> dict[str, Any]:
-        options = options_of(SandIC) | self.options
-        return {name: options[name] for name in self.hyperparameter_space}
-
-    def set_hyperparameters(self, **options: Any) -> SandICDetector:
-        """Set any options of :class:`openood_sandi.SandIC`; another fit must follow."""
-        self._detector = SandIC(self.model, **{**self.options, **options})
-        self.options |= options
-        return self
+        return super().predict(x)
