@@ -152,10 +152,11 @@ class BoundedScores:
         *sums, classes, estimated = fetch(*look.weights.sums, surely, maybe)
         if self._readable.has_changed(look, sums):
             return self(x)
-        if not self._checks.agree(x, ends.first(), classes.tolist(), look.key):
+        first = ends.first()
+        if not self._checks.agree(x, first, classes.tolist(), look.key):
             self._readable.reject(look.key)
             return None
-        if not self._fair.agree(x, ends.first(), estimated.tolist(), look.key):
+        if not self._fair.agree(x, first, estimated.tolist(), look.key):
             self._unfair.add(look.key)
             return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
