@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ def _settings_stay_as_they_are() -> Iterator[None]:
     after = _settings()
     changed = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     assert not changed, f"the test changes settings of the whole process: {', '.join(changed)}"
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone, for ``DistributedDataParallel``."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def _settings() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -240,15 +240,6 @@ def openood_react(net: nn.Module) -> nn.Module:
             return self.backbone(x)
 
     return networks.openood_network("react_net").ReactNet(TakesFlags(net))
-
-
-@pytest.fixture
-def process_group(tmp_path: Any) -> Iterator[None]:
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, openood_react, torch.compile, nn.Sequential])

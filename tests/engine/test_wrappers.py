@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +16,7 @@ from openood_sandi.engine.wrappers import unwrapped
 from tests.helpers.cases import prepared
 from tests.helpers.trap_networks import Block
 
-
-@pytest.fixture(autouse=True)
-def process_group(tmp_path: Any) -> Iterator[None]:
-    """Of this process alone, for ``DistributedDataParallel``."""
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def distributed(net: nn.Module) -> nn.Module:

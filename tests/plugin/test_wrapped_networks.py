@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from openood_sandi.plugin import registry
 from tests.helpers import tiny_suite
 from tests.plugin.test_more_postprocessors import Images
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def distributed(net: nn.Module) -> nn.Module:
