@@ -105,7 +105,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return x.view_as(x)
+        return x.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -113,13 +113,20 @@ class _Weighted(torch.autograd.Function):
         return grad * weight, None
 
 
-def test_gradients_that_it_makes_zero_for_some_images_alone() -> None:
+def _with_a_hook(x: Tensor, weight: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad * weight)
+    return x
+
+
+@pytest.mark.parametrize("cut", [_Weighted.apply, _with_a_hook])
+def test_gradients_that_it_makes_zero_for_some_images_alone(cut: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Rectifiers tell nothing of them, and one image of each class, computed as well, may be one of the others."""
 
     class Cuts(Block):
         def forward(self, x: Tensor) -> Tensor:
-            bright = (x.mean((1, 2, 3), keepdim=True) < 2).to(x)
-            y = _Weighted.apply(F.relu(self.norm1(self.conv1(F.relu(self.norm0(self.stem(x)))))), bright)
+            dark = (x.mean((1, 2, 3), keepdim=True) < 2).to(x)
+            y = cut(F.relu(self.norm1(self.conv1(F.relu(self.norm0(self.stem(x)))))), dark)
             return self.head(self.feature(self.norm9(self.last(y))).mean((2, 3)))
 
     net, x = prepared(Cuts)
