@@ -170,3 +170,21 @@ def test_one_image_alone_in_whole_passes() -> None:
     assert detector._network.is_plain
     for name, attribution in alone.items():
         torch.testing.assert_close(attribution, both[name][:1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda y: y + torch.func.grad(lambda t: t.pow(4).sum() / 4)(y),
+        lambda y: y * torch.func.vmap(torch.func.jacrev(torch.tanh))(y.mean((2, 3))).sum(2)[..., None, None],
+        lambda y: torch.func.vmap(lambda t: t.relu() * t.mean())(y),
+    ],
+)
+def test_transforms_of_functions(transformed: Callable[[Tensor], Tensor]) -> None:
+    """Results inside ``torch.func.vmap`` and ``grad`` are no tensors outside."""
+
+    class Transforms(Block):
+        def change(self, x: Tensor, y: Tensor) -> Tensor:
+            return transformed(y)
+
+    assert_right(*prepared(Transforms))
