@@ -76,7 +76,29 @@ def assert_right(net: nn.Module, x: Tensor, tolerance: float = 1e-9, **options: 
     return detector
 
 
-@pytest.mark.parametrize("network", [Late, Small, Scripted])
+class _Faint(torch.autograd.Function):
+    """Cuts off what hardly weighs in a gradient, by the mean over other dimensions on several copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        sizes = grad.abs()
+        faint = sizes < 1e-9
+        return grad * ~(faint & (sizes < (sizes * faint).mean((1, 2, 3), keepdim=True)))
+
+
+class Faint(Block):
+    """Half of its channels have hardly any weight."""
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        scale = torch.tensor([1.0, 1e-12]).to(y).repeat(WIDTH // 2).view(-1, 1, 1)
+        return x + _Faint.apply(y) * scale * torch.linspace(0.1, 3, 8).to(y)
+
+
+@pytest.mark.parametrize("network", [Late, Small, Scripted, Faint])
 def test_at_every_split_point(network: Callable[[], nn.Module]) -> None:
     assert assert_right(*prepared(network))._network.is_plain
 
