@@ -32,7 +32,7 @@ from comparison.summaries import FromSummaries, rows
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Subset
 
-from openood_sandi.detectors.sandi.calibrated import FLOOR, GATE
+from openood_sandi.detectors.sandi.calibrated import FLOOR
 from openood_sandi.detectors.sandi.calibrated_summary import Summary
 
 MARGIN = 0.2
@@ -60,10 +60,7 @@ GATES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 FLOORS = (None, -3.0, -2.0, -1.0)
 Z_GATES = (None, 1.0, 1.5, 2.0, 2.5)
 GRID = [Constants(*each) for each in itertools.product(BASES, GATES, FLOORS, Z_GATES)]
-DEFAULTS = {
-    True: Constants("max_logit+fdbd", GATE, FLOOR, None),
-    False: Constants("max_logit+fdbd", GATE, FLOOR, GATE),
-}
+DEFAULTS = {True: Constants("max_logit+fdbd", 1.5, FLOOR, None), False: Constants("max_logit+fdbd", 1.5, FLOOR, 1.5)}
 """With labels and without."""
 
 

@@ -112,7 +112,7 @@ class SandICDetector(_OfThisPackage):
     _kind, _scores_by = SandIC, "activations"
     hyperparameter_space: ClassVar[dict[str, list[Any]]] = {
         "base": ["max_logit+fdbd", "max_logit", "energy"],
-        "gate": [1.5, 2.0, 2.5, 3.0],
+        "gate": [1.0, 1.5, 2.0],
     }
     _detector: SandIC
 

@@ -200,7 +200,7 @@ class Reference:
         mean_of_id, deviation = self.statistics[name]
         return (value - mean_of_id) / deviation
 
-    def score(self, image: Tensor, *, gate: float = 2.5, use_z: bool = False) -> float:
+    def score(self, image: Tensor, *, gate: float = 1.5, use_z: bool = False) -> float:
         values = self.values(self.read(image))
         score = max(self.standard("b", self.base(values)), -2.0)
         score += max(0.0, self.standard("d", values["d"]) - gate)

@@ -52,9 +52,7 @@ INFO = DetectorInfo(
     fitted=("prototypes", "feature_mean", "statistics"),
 )
 
-GATE, FLOOR = 2.5, -2.0
-"""What ``benchmarks/choose_constants.py`` chooses on validation images."""
-
+FLOOR = -2.0
 FEW = 50
 """Means and deviations of fewer ID images than these are warned of."""
 
@@ -70,8 +68,7 @@ class SandIC(Detector):
         net: a classifier in eval mode.
         base: what the logits say: "max_logit+fdbd", "max_logit" or "energy". fDBD needs a linear last layer; without
             one it is left out, with a warning, and max logit alone remains.
-        gate: q, by how many standard deviations D and Z must exceed their mean on ID images to count; less finds more
-            of what is far from ID images and loses some of what is near.
+        gate: q, by how many standard deviations D and Z must exceed their mean on ID images to count.
         use_z: whether Z counts: "always", "never", or "auto": where there is one prototype a layer.
         stages: "last_N", the last N stages of the network, or names of the modules that end them, as a list or
             separated by commas.
@@ -97,7 +94,7 @@ class SandIC(Detector):
         net: nn.Module,
         *,
         base: str = "max_logit+fdbd",
-        gate: float = GATE,
+        gate: float = 1.5,
         use_z: str = "auto",
         stages: str | Sequence[str] = "last_3",
     ) -> None:
