@@ -81,7 +81,7 @@ def test_the_study_of_subsets(tmp_path: Path) -> None:
         "3",
         "--gates",
         "1.5",
-        "100",
+        "0.01",
         "--batch-size",
         "16",
         "--out",
@@ -93,7 +93,7 @@ def test_the_study_of_subsets(tmp_path: Path) -> None:
     assert {"commit", "versions", "hardware"} <= told.keys()
     every = pd.DataFrame(told["every fit"])
     assert list(every["fitted to"]) == [
-        *("energy", "max logit", "all", "all, gate 1.5", "all, gate 100.0"),
+        *("energy", "max logit", "all", "all, gate 1.5", "all, gate 0.01"),
         *["5 a class"] * 3,
         *["9 a class"] * 3,
     ]
