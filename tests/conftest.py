@@ -28,6 +28,14 @@ def _settings_stay_as_they_are() -> Iterator[None]:
     assert not changed, f"the test changes settings of the whole process: {', '.join(changed)}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _sources_stay_as_they_are() -> Iterator[None]:
+    """Once a file: reading all of the package's sources before and after each test would take half a minute in all."""
+    before = keys.code()
+    yield
+    assert keys.code() == before, "a test of this file writes into the package's source files (or somebody else did)"
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """Of this process alone, for ``DistributedDataParallel``."""
@@ -39,7 +47,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def _settings() -> dict[str, str]:
-    return {**keys.arithmetic(torch.device("cpu")), "code": keys.code()}
+    return {**keys.arithmetic(torch.device("cpu")), "openood_sandi.runs.keys.code": str(keys.code)}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -240,11 +240,13 @@ ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]
 
 #: Those that take seconds against a reference.
 SLOW = {
-    *("alexnet", "bit", "googlenet", "inception_v3", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
-    *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5", "swin_v2"),
+    *("alexnet", "bit", "convnext", "efficientnet", "googlenet", "inception_v3", "maxvit", "mnasnet"),
+    *("mobilenet_v3_small", "regnet_y_16gf", "resnet18_224x224", "resnet18_32x32", "resnet50", "resnext"),
+    *("shufflenet_v2_x0_5", "swin_t", "swin_v2"),
 }
 #: Each network, for a test's parameter ``case``.
 each = pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in ALL],
+    scope="module",
 )
