@@ -101,7 +101,7 @@ def test_every_allocation_may_fail(options: dict[str, Any], use: Use, caplog: py
 def test_whatever_the_failure_is_called(error: Exception) -> None:
     net, x = prepared(Tiny, 8)
     expected = SandI(net, variant="Z", steps=3)(x)
-    for number in range(1, 150, 15):
+    for number in range(1, 150, 30):
         with FailsAt(number, error) as fault:
             assert_equal(SandI(net, variant="Z", steps=3)(x), expected)
         assert fault.reached
@@ -110,7 +110,7 @@ def test_whatever_the_failure_is_called(error: Exception) -> None:
 def test_other_errors_pass_through() -> None:
     net, x = prepared(Tiny, 8)
     expected, raised = SandI(net, variant="Z", steps=3)(x), 0
-    for number in range(1, 300, 15):
+    for number in range(1, 300, 25):
         with FailsAt(number, RuntimeError("something else")):
             try:
                 found = SandI(net, variant="Z", steps=3)(x)

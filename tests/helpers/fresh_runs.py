@@ -97,8 +97,9 @@ def _put(path: Path, content: bytes) -> None:
 class Server:
     """A process that has imported torch, and forks one for each run."""
 
-    def __init__(self, seed: str = "0", package: Path = ROOT) -> None:
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    def __init__(self, seed: str = "0") -> None:
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("PYTHONPATH", None)
         command = [sys.executable, __file__]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -110,7 +111,8 @@ class Server:
             folder: the world.
             cache: of scores.
             settings: of the run, as :data:`SETTINGS`.
-            how: ``first``, modules imported ahead of all others; ``typed``, whether the network's module is typed in
+            how: ``package``, the folder that this package is imported from, by default this checkout; ``first``,
+                modules imported ahead of all others; ``typed``, whether the network's module is typed in
                 ``__main__``, as in a notebook; ``kill``, after how many batches the process is killed.
 
         Returns:
@@ -159,7 +161,7 @@ def _run(folder: str, cache: str, settings: dict[str, Any], how: dict[str, Any])
     """In the forked process."""
     import torch
 
-    sys.path.insert(0, f"{folder}/modules")
+    sys.path[:0] = [f"{folder}/modules", how.get("package", str(ROOT))]
     for name in how.get("first", ()):
         importlib.import_module(name)
     net, data, collate = _made(folder, how.get("typed", False))
