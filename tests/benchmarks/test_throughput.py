@@ -121,12 +121,16 @@ def test_the_resnet_without_additions_in_place_is_torchvisions() -> None:
 # ---------------------------------------------------------------- loops
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
 @pytest.mark.parametrize(
-    "options", [SandIOptions(), SandIOptions(combine="union"), SandIOptions(combine="intersection", steps=3)]
+    "released, options",
+    [
+        *((released, SandIOptions()) for released in (False, True)),
+        (True, SandIOptions(combine="union")),
+        (False, SandIOptions(combine="intersection", steps=3)),
+    ],
 )
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("wrn40-2", marks=pytest.mark.slow)])
-def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, released: bool) -> None:
+def test_loops_give_the_counts_of_sandi_z(name: str, released: bool, options: SandIOptions) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()
     splits = network.splits(net, "paper")
@@ -143,10 +147,11 @@ def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, rele
     torch.testing.assert_close(tau, detector(images)[1], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
-@pytest.mark.parametrize("options", [SandIOptions("A"), SandIOptions("A", steps=1, top_fraction=1.0)])
+@pytest.mark.parametrize(
+    "released, options", [(False, SandIOptions("A")), (True, SandIOptions("A", steps=1, top_fraction=1.0))]
+)
 @pytest.mark.parametrize("name", [pytest.param("bit-s-r101x1", marks=pytest.mark.slow), "resnet50"])
-def test_loops_give_the_averages_of_sandi_a(name: str, options: SandIOptions, released: bool) -> None:
+def test_loops_give_the_averages_of_sandi_a(name: str, released: bool, options: SandIOptions) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()
     splits = network.splits(net, "paper")

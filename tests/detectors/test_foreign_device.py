@@ -182,7 +182,8 @@ def test_a_fit_on_the_device(kind: Any, waits: int, float64: bool) -> None:
 def test_a_data_set_is_fetched_as_a_whole(name: str, device: ForeignDevice) -> None:
     net = network(16)
     here, there = made(name, net), on_the_device(name, net)
-    loader = DataLoader(TensorDataset(torch.cat(BATCHES), torch.zeros(24).long()), batch_size=8)
+    x = torch.cat(BATCHES)
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x)).long()), batch_size=8)
     expected = here.score(loader, progress=False)
     there.score(loader, progress=False)
     device.waits.clear()

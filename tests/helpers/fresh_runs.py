@@ -1,6 +1,6 @@
 """Runs with a cache in fresh processes, and the world that they score: modules, weights, images and settings on disk.
 
-As a script it has imported torch and nothing of ours, and forks a process for every line of JSON that it is sent
+As a script it has imported torch and nothing of ours that counts, and forks a process for every line of JSON that it is sent
 (:class:`Server`), so that each imports the package, and the network's modules, for the first time, without torch's
 second and a half.
 """
@@ -161,6 +161,8 @@ def _run(folder: str, cache: str, settings: dict[str, Any], how: dict[str, Any])
     """In the forked process."""
     import torch
 
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openood_sandi"]:
+        del sys.modules[name]  # an installed one's start-up file has imported it
     sys.path[:0] = [f"{folder}/modules", how.get("package", str(ROOT))]
     for name in how.get("first", ()):
         importlib.import_module(name)
