@@ -1,8 +1,7 @@
 """Runs with a cache in fresh processes, and the world that they score: modules, weights, images and settings on disk.
 
-As a script it has imported torch and nothing of ours that counts, and forks a process for every line of JSON that it is sent
-(:class:`Server`), so that each imports the package, and the network's modules, for the first time, without torch's
-second and a half.
+As a script it has imported torch, and forks a process for every line of JSON that it is sent (:class:`Server`), so that
+each imports the package, and the network's modules, for the first time, without torch's second and a half.
 """
 
 from __future__ import annotations
