@@ -70,8 +70,7 @@ def test_scores_are_those_of_the_cpu_and_a_batch_waits_once(name: str, float64: 
     ids=str,
 )
 def test_z_waits_once_whatever_is_proved(proved: str, options: dict[str, Any], device: ForeignDevice) -> None:
-    width = WIDTHS[proved]
-    net = network(width)
+    net = network(WIDTHS[proved])
     here, there = SandI(net, variant="Z", **options), SandI(moved(net), variant="Z", **options)
     for x in BATCHES * 2:  # each class is looked at more closely when it first comes
         expected = here(x)
