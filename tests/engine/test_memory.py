@@ -78,12 +78,14 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 @every_use
-@pytest.mark.slow
-def test_every_allocation_may_fail(options: dict[str, Any], use: Use, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("every", [pytest.param(29, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.long)])
+def test_every_allocation_may_fail(
+    options: dict[str, Any], use: Use, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
     net, x = prepared(Tiny, 8)
     expected = use(SandI(net, **options), x)
     before = surroundings(net, x)
-    for number in range(1, 10_000, 7):
+    for number in range(1, 10_000, every):
         caplog.clear()
         detector = SandI(net, **options)
         with FailsAt(number, torch.cuda.OutOfMemoryError("injected")) as fault:
