@@ -102,6 +102,8 @@ class ReadableNetworks:
         self._known[key] = None
 
     def _look(self, x: Tensor) -> Readable | None:
+        if self._network.hides_code:
+            return None
         found, splits = self._network.record(x), self._network.splits
         rectified = rectified_network(found, splits)
         if rectified is None:
