@@ -64,8 +64,19 @@ class Pattern(NamedTuple):
         return Pattern(surely, surely if self.possibly is self.surely else change(self.possibly))
 
 
-Link = Callable[[Pattern], Pattern]
-"""What a call hands back to one of its operands: from the pattern of its result's gradient to that of the operand's."""
+class Link(NamedTuple):
+    """What a call hands back to one of its operands.
+
+    Attributes:
+        back: from the pattern of its result's gradient to that of the operand's.
+        zeros: where more than so many channels are open at a position, no weight that is zero keeps them from handing
+            their gradient on; infinite where no number of channels is enough.
+        spreads: whether they then hand it on to every channel: those of a layer that mixes all of them.
+    """
+
+    back: Callable[[Pattern], Pattern]
+    zeros: float = 0
+    spreads: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,11 +124,11 @@ def walk_back(
 
 def _handed_back(links: Sequence[tuple[int, Link]], patterns: Mapping[int, Pattern]) -> Pattern:
     """The pattern of a gradient that is the sum of what the calls behind hand back."""
-    pattern = links[0][1](patterns[links[0][0]])
+    pattern = links[0][1].back(patterns[links[0][0]])
     for user, link in links[1:]:
         if pattern.surely is None:
             break
-        pattern = either(pattern, link(patterns[user]))
+        pattern = either(pattern, link.back(patterns[user]))
     return pattern
 
 

@@ -66,7 +66,7 @@ def reach_of(found: RecordedNetwork, rectified: RectifiedNetwork, ways: Sequence
 
     Nobody asks where counts of open channels prove nothing: there all are unbounded.
     """
-    if rectified.open_rows is None:
+    if not rectified.is_counted:
         return Reach({}, frozenset(rectified.places), {}, attack.step_size)
     distance = (attack.steps - 1) * attack.step_size * (1 + _STEP_ROUNDING)
     bounds: dict[Site, dict[int, float]] = {}

@@ -22,7 +22,7 @@ from torch import Size, Tensor
 from openood_sandi.detectors.sandi.alive import BackwardGraph
 from openood_sandi.detectors.sandi.call_graph import CallGraph, UnreadableError, argument, is_normalisation, is_sum
 from openood_sandi.detectors.sandi.links import backward_graph
-from openood_sandi.detectors.sandi.open_channels import POOLS, VIEWS, OpenChannels, dead_channels
+from openood_sandi.detectors.sandi.open_channels import needed_channels
 from openood_sandi.engine.lanes import tensors_in
 from openood_sandi.engine.recorded import Call, Site
 from openood_sandi.engine.split_point import Split
@@ -40,7 +40,8 @@ class Rectifier:
         position: its place in the pass.
         bounds: what is let through lies strictly between these.
         pool: the max-pool that alone uses its result, as a call and its place, if one does.
-        needed: how many channels must be open at a position for it to hand on gradients for certain.
+        needed: how many channels must be open at a position for it to hand on gradients for certain, where that is all
+            that it takes.
     """
 
     position: int
@@ -79,8 +80,8 @@ class RectifiedNetwork:
         tails: the splits that pools and the last layer alone lie behind.
         call_names: the calls that positions are counted in.
         backward: the ways of gradients back from the logits.
-        open_rows: (classes,) whether the last layer's row of a class is nowhere zero; None where counts of open
-            channels do not prove the patterns along paths, g_2 and on, at all splits (:mod:`.open_channels`).
+        is_counted: whether counts of open channels prove the patterns along paths, g_2 and on, at all splits
+            (:mod:`.open_channels`).
     """
 
     rectifiers: Mapping[int, Rectifier]
@@ -90,7 +91,7 @@ class RectifiedNetwork:
     tails: frozenset[Site]
     call_names: tuple[str, ...]
     backward: BackwardGraph
-    open_rows: Tensor | None
+    is_counted: bool
 
     @property
     def has_max_pool(self) -> bool:
@@ -109,16 +110,22 @@ def rectified_network(found: RecordedNetwork, splits: Sequence[Split]) -> Rectif
         _require_maps(graph, first)
         rectifiers = _rectifiers(graph, first)
         backward = backward_graph(graph, frozenset(rectifiers), first)
-        gates = dict(_gates(graph, places, rectifiers))
+        gates = dict(_gates(graph, backward, places, rectifiers))
         for split in splits:
             if split.site not in gates:
                 _require_all_behind(graph, places[split.site], found.span(split))
     except UnreadableError:
         return None
     tails = frozenset(site for site, place in places.items() if site not in gates and _is_tail(graph, place))
-    rectifiers, open_rows = _with_counts(graph, rectifiers, along_paths=len(gates) + len(tails) == len(splits))
+    needed = None
+    if len(gates) + len(tails) == len(splits):
+        needed = needed_channels(backward, rectifiers, [places[site] for site in tails])
+    if needed is not None:
+        rectifiers = {place: replace(rectifier, needed=needed[place]) for place, rectifier in rectifiers.items()}
     shapes = {place: graph.shape(place)[1:] for place in places.values()}
-    return RectifiedNetwork(rectifiers, places, shapes, gates, tails, found.call_names, backward, open_rows)
+    return RectifiedNetwork(
+        rectifiers, places, shapes, gates, tails, found.call_names, backward, is_counted=needed is not None
+    )
 
 
 def _reads_data(calls: Sequence[Call]) -> bool:
@@ -129,6 +136,7 @@ def _reads_data(calls: Sequence[Call]) -> bool:
 
 _PRECISE = (torch.float32, torch.float64)
 """Sums of products in fewer bits are zero by accident, or too small, all the time."""
+_POOLS_AND_VIEWS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape"))
 _BOUNDS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
@@ -170,29 +178,27 @@ def _max_pool_behind(graph: CallGraph, position: int) -> tuple[int, Call] | None
 
 
 def _gates(
-    graph: CallGraph, places: Mapping[Site, int], rectifiers: Mapping[int, Rectifier]
+    graph: CallGraph, backward: BackwardGraph, places: Mapping[Site, int], rectifiers: Mapping[int, Rectifier]
 ) -> Iterator[tuple[Site, int]]:
     """The splits whose tensor feeds one rectifier, as it is or by way of calls that keep positions and channels."""
     for site, here in places.items():
-        while len(graph.consumers[here]) == 1:
-            here = graph.consumers[here][0]
+        while len(backward.links.get(here, ())) == 1:
+            here, link = backward.links[here][0]
             if here in rectifiers:
                 yield site, here
                 break
-            call = graph.calls[here]
-            if not (is_normalisation(call) or is_sum(graph, here)) or dead_channels(call):
+            if not (is_normalisation(graph.calls[here]) or is_sum(graph, here)) or link.zeros:
                 break
 
 
 def _is_tail(graph: CallGraph, here: int) -> bool:
     """Whether only pools and views lie between a split's tensor and the layer that gives the logits, and behind it."""
-    layers = 0
+    names = []
     while here != graph.output and len(graph.consumers[here]) == 1:
         here = graph.consumers[here][0]
-        layers += graph.calls[here].name in ("linear", "conv2d")
-        if graph.calls[here].name not in ("linear", "conv2d", *POOLS, *VIEWS):
-            return False
-    return here == graph.output and layers == 1
+        names.append(graph.calls[here].name)
+    layers = [name for name in names if name not in _POOLS_AND_VIEWS]
+    return here == graph.output and layers in (["linear"], ["conv2d"])
 
 
 def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
@@ -201,20 +207,6 @@ def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
     users = graph.consumers[place]
     if place not in span or any(user < span.stop for user in users) or not (users or place == graph.output):
         raise UnreadableError
-
-
-def _with_counts(
-    graph: CallGraph, rectifiers: dict[int, Rectifier], along_paths: bool
-) -> tuple[dict[int, Rectifier], Tensor | None]:
-    """The rectifiers with the number of open channels that each needs, and :attr:`RectifiedNetwork.open_rows`."""
-    if not along_paths:
-        return rectifiers, None
-    try:
-        counts = OpenChannels(graph, frozenset(rectifiers))
-        open_rows = counts.open_rows()
-    except UnreadableError:
-        return rectifiers, None
-    return {p: replace(rectifier, needed=counts.needed[p]) for p, rectifier in rectifiers.items()}, open_rows
 
 
 def _below(result: Tensor, low: float, high: float) -> Tensor:

@@ -89,9 +89,7 @@ class ReadDensity(Observer):
 
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not prove, from their logits (B, classes)."""
-        rows = self._rectified.open_rows
-        assert rows is not None
-        unproved = ~rows.all().expand(len(logits))  # of any class, as a step may change it
+        unproved = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for (_, needed), fewest in self._fewest.items():
             least = fewest.reshape(len(fewest), -1).amin(1)
             unproved = unproved | (least <= 0 if needed == 1 else least < needed)
@@ -239,7 +237,7 @@ class ShortcutDensities:
         if forward_suffices:
             read = AliveDensity(rectified, density, along_paths=self._attack.steps > 1)
             logits = self._network.walk(x, Walk(self._steps_alone), read, ())
-        elif rectified.open_rows is not None:
+        elif rectified.is_counted:
             stepped = self._attack.steps == 2
             read = (
                 SteppedDensity(readable, density, self._attack)
