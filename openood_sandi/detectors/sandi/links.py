@@ -1,4 +1,4 @@
-"""What each kind of call hands back of its gradient's pattern: which places of its operands its result was made of."""
+"""What each kind of call hands back of where its gradient is not zero: of what places of its operands it was made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Pattern, Where, everywhere_as_none, union
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Where, everywhere_as_none, union
 from openood_sandi.detectors.sandi.call_graph import (
     CallGraph,
     UnreadableError,
@@ -64,17 +64,17 @@ def _links(graph: CallGraph, position: int, is_rectifier: bool) -> Iterator[tupl
         yield before, _UNCHANGED if is_rectifier else _LINKS[call.name](call, graph.shape(before))
 
 
-_UNCHANGED = Link(lambda pattern: pattern)
+_UNCHANGED = Link(lambda where: where)
 
 
-def _each(change: Callable[[Tensor], Where], zeros: float = 0) -> Link:
-    """The link that changes both maps of a pattern where they are not True everywhere."""
-    return Link(lambda pattern: pattern.each(lambda where: None if where is None else change(where)), zeros)
+def _unless_everywhere(change: Callable[[Tensor], Where]) -> Callable[[Where], Where]:
+    """The ``change`` of a map that leaves what is True everywhere so."""
+    return lambda where: None if where is None else change(where)
 
 
-def _each_filled(change: Callable[[Tensor], Where], behind: Tensor, zeros: float = 0, spreads: bool = False) -> Link:
-    """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
-    return Link(lambda pattern: pattern.each(lambda where: change(_filled(where, behind))), zeros, spreads)
+def _of_all_positions(change: Callable[[Tensor], Where], behind: Tensor) -> Callable[[Where], Where]:
+    """The ``change`` of a map after it was given all positions of the result ``behind``."""
+    return lambda where: change(_filled(where, behind))
 
 
 def _uncounted_unless(channels_are_kept: bool) -> float:
@@ -129,7 +129,7 @@ def _convolution(call: Call, given: Size) -> Link:
         return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
     counted = _mixing(nonzero) if groups == 1 else {"zeros": math.inf}
-    return _each_filled(with_zeros if zeros else without_zeros, _form(call.result), **counted)
+    return Link(_of_all_positions(with_zeros if zeros else without_zeros, _form(call.result)), **counted)
 
 
 def _any(parts: Tensor) -> Tensor:
@@ -156,8 +156,7 @@ def _linear(call: Call, given: Size) -> Link:
     if call.result.dim() != 2:
         raise UnreadableError
     nonzero = (weight_of(call) != 0).detach()
-    through = _through_matrix(nonzero)
-    return Link(lambda pattern: pattern.each(through), **_mixing(nonzero))
+    return Link(_through_matrix(nonzero), **_mixing(nonzero))
 
 
 def _through_matrix(nonzero: Tensor) -> Callable[[Where], Where]:
@@ -187,7 +186,7 @@ def _normalisation(call: Call, given: Size) -> Link:
         return _UNCHANGED
     kept = (scale != 0).detach().view(1, -1, *[1] * (len(given) - 2))
     dead = int((~kept).sum())
-    return Link(lambda pattern: pattern.each(lambda where: kept if where is None else where & kept), dead)
+    return Link(lambda where: kept if where is None else where & kept, zeros=dead)
 
 
 def _dropout(call: Call, given: Size) -> Link:
@@ -197,7 +196,7 @@ def _dropout(call: Call, given: Size) -> Link:
 
 
 def _average_pool(call: Call, given: Size) -> Link:
-    return _each_filled(Windows.of_pool(call, given), _form(call.result))
+    return Link(_of_all_positions(Windows.of_pool(call, given), _form(call.result)))
 
 
 def _max_pool(call: Call, given: Size) -> Link:
@@ -214,9 +213,7 @@ def _max_pool(call: Call, given: Size) -> Link:
     def some_window(where: Where) -> Where:
         return None if where is None else windows(_filled(where, behind))
 
-    if windows.are_apart:
-        return Link(lambda pattern: pattern.each(some_window))
-    return Link(lambda pattern: Pattern(every_window(pattern.surely), some_window(pattern.possibly)))
+    return Link(some_window) if windows.are_apart else Link(every_window, possibly=some_window)
 
 
 def _adaptive_pool(call: Call, given: Size) -> Link:
@@ -232,7 +229,7 @@ def _adaptive_pool(call: Call, given: Size) -> Link:
             where = out
         return everywhere_as_none(where)
 
-    return _each_filled(change, behind) if behind.shape[2:].numel() > 1 else _UNCHANGED
+    return Link(_of_all_positions(change, behind)) if behind.shape[2:].numel() > 1 else _UNCHANGED
 
 
 def _mean(call: Call, given: Size) -> Link:
@@ -242,7 +239,8 @@ def _mean(call: Call, given: Size) -> Link:
         raise UnreadableError
     gone = sorted(dim % len(given) for dim in dims) if call.result.dim() < len(given) else []
     zeros = _uncounted_unless(all(dim % len(given) != 1 for dim in dims))
-    return _each(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where), zeros)
+    change = _unless_everywhere(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where))
+    return Link(change, zeros=zeros)
 
 
 def _view(call: Call, given: Size) -> Link:
@@ -257,7 +255,7 @@ def _view(call: Call, given: Size) -> Link:
             return where.view(-1, *[1] * (len(given) - 1))
         return where.expand(-1, *behind[1:]).reshape(-1, *given[1:])
 
-    return _each(change, _uncounted_unless(behind[:2] == given[:2]))
+    return Link(_unless_everywhere(change), zeros=_uncounted_unless(behind[:2] == given[:2]))
 
 
 def _padding(call: Call, given: Size) -> Link:
@@ -271,7 +269,7 @@ def _padding(call: Call, given: Size) -> Link:
             where = where if where.shape[dim] == 1 else where.narrow(dim, amount, given[dim])
         return everywhere_as_none(where.contiguous())
 
-    return _each(change, _uncounted_unless(call.result.shape[1] == given[1]))
+    return Link(_unless_everywhere(change), zeros=_uncounted_unless(call.result.shape[1] == given[1]))
 
 
 def _slices(call: Call, given: Size) -> Link:
@@ -289,7 +287,7 @@ def _slices(call: Call, given: Size) -> Link:
         out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
         return everywhere_as_none(out)
 
-    return Link(lambda pattern: pattern.each(change), _uncounted_unless(1 not in taken)) if taken else _UNCHANGED
+    return Link(change, zeros=_uncounted_unless(1 not in taken)) if taken else _UNCHANGED
 
 
 def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
@@ -301,7 +299,8 @@ def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
     for part in parts:
         shape = graph.shape(part.by) if isinstance(part, Produced) else part.shape  # type: ignore[attr-defined]
         if isinstance(part, Produced):
-            yield part.by, _each(_part(dim, start, shape[dim]), _uncounted_unless(dim != 1))
+            change = _unless_everywhere(_part(dim, start, shape[dim]))
+            yield part.by, Link(change, zeros=_uncounted_unless(dim != 1))
         start += shape[dim]
 
 

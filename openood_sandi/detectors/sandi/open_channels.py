@@ -15,7 +15,7 @@ from functools import reduce
 
 import torch
 
-from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Pattern, Where
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Where
 
 __all__ = ["needed_channels"]
 
@@ -37,14 +37,14 @@ def needed_channels(graph: BackwardGraph, rectifiers: Collection[int], tails: Co
     open_ = {graph.output}
     for position, links in graph.links.items():
         everywhere = [
-            _back(link)
+            link.back(None)
             for user, link in links
             if (user in full and user not in rectifiers) or (link.spreads and user in full | open_)
         ]
         kept = [link for user, link in links if user in open_.union(rectifiers) and link.zeros < math.inf]
         if _are_everywhere(everywhere):
             full.add(position)
-        elif _are_everywhere([_in_any_channel(_back(link)) for link in kept]):
+        elif _are_everywhere([_in_any_channel(link.back(None)) for link in kept]):
             open_.add(position)
     zeros = _zeros(graph, rectifiers)
     # one of the logits has a gradient, and no more
@@ -62,11 +62,6 @@ def _zeros(graph: BackwardGraph, rectifiers: Collection[int]) -> dict[int, int]:
             if before is not None and link.zeros < math.inf:
                 zeros[user] = max(zeros.get(user, 0), before + int(link.zeros))
     return zeros
-
-
-def _back(link: Link) -> Where:
-    """What a link hands back of gradients everywhere."""
-    return link.back(Pattern.known(None)).surely
 
 
 def _in_any_channel(where: Where) -> Where:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.alive import Pattern, Where, walk_back
+from openood_sandi.detectors.sandi.alive import walk_back
 from openood_sandi.detectors.sandi.densities import NonZeroDensity
 from openood_sandi.detectors.sandi.reach import Margins
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
@@ -61,11 +61,11 @@ class FirstReading(Reading):
     def __init__(self, rectified: RectifiedNetwork, density: NonZeroDensity, along_paths: bool) -> None:
         super().__init__(rectified)
         self._density, self._along_paths = density, along_paths
-        self._open: dict[int, Pattern] = {}
+        self._open: dict[int, Tensor] = {}
 
     def read(self, position: int, result: Tensor) -> None:
         if position in self.rectified.rectifiers:
-            self._open[position] = Pattern.known(self.rectified.rectifiers[position].mask(result))
+            self._open[position] = self.rectified.rectifiers[position].mask(result)
 
     def unproved(self, logits: Tensor) -> Tensor:
         """(B,): images whose patterns the masks do not tell, from their logits (B, classes); the density has those of
@@ -74,27 +74,21 @@ class FirstReading(Reading):
         sites: dict[int, list[Site]] = defaultdict(list)
         for site, place in self.rectified.places.items():
             sites[place].append(site)
-        ceilings = self._ceilings() if self._along_paths else {}
-        for place, pattern in walk_back(self.rectified.backward, self._open, logits.argmax(1), logits.shape[1]):
+        ceilings: dict[Site, Tensor] = {}
+        if self._along_paths:  # what the rectifiers of splits let through
+            ceilings = {site: self._open[way.rectifier.position] for site, way in self.rectified.ways.items()}
+        everywhere = torch.ones((), dtype=torch.bool, device=logits.device)
+        labels, classes = logits.argmax(1), logits.shape[1]
+        for place, where in walk_back(self.rectified.backward, self._open, labels, classes, unclear=unproved):
             for site in sites.pop(place, ()):
-                surely = pattern.surely
-                shape = (len(logits), *self.rectified.shapes[place])
-                self._density.pattern(site, _full(surely, logits.device).expand(shape))
-                highest = ceilings.get(site) if self._along_paths else pattern.possibly
-                if surely is not None and surely is not highest:
-                    differs = ~surely if highest is None else highest & ~surely
+                where = everywhere if where is None else where
+                self._density.pattern(site, where.expand(len(logits), *self.rectified.shapes[place]))
+                if self._along_paths and where is not everywhere:
+                    differs = ceilings.get(site, everywhere) & ~where
                     unproved |= differs.flatten(1).view(torch.uint8).amax(1).bool()
             if not sites:
                 break
         return unproved
-
-    def _ceilings(self) -> dict[Site, Where]:
-        """What the rectifiers of splits let through."""
-        return {site: self._open[way.rectifier.position].possibly for site, way in self.rectified.ways.items()}
-
-
-def _full(where: Where, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.bool, device=device) if where is None else where
 
 
 class PathReading(Reading):
