@@ -83,9 +83,9 @@ class FirstReading(Reading):
             for site in sites.pop(place, ()):
                 where = everywhere if where is None else where
                 self._density.pattern(site, where.expand(len(logits), *self.rectified.shapes[place]))
-                if self._along_paths and where is not everywhere:
-                    differs = ceilings.get(site, everywhere) & ~where
-                    unproved |= differs.flatten(1).view(torch.uint8).amax(1).bool()
+                ceiling = ceilings.get(site, everywhere)
+                if self._along_paths and where is not everywhere and where is not ceiling:  # to be so is usual
+                    unproved |= (ceiling & ~where).flatten(1).view(torch.uint8).amax(1).bool()
             if not sites:
                 break
         return unproved
