@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openood_sandi import SandI
-from openood_sandi.detectors.sandi.rectifiers import Rectifier
+from openood_sandi.detectors.sandi.rectifier import Rectifier
+from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.recorded import Call, Produced
 
 OPTIONS = (
@@ -199,7 +200,7 @@ def test_winners_of_a_max_pool_are_where_its_gradient_is(ties: bool) -> None:
     pooled = F.max_pool2d(rectified, 3, 2, 1)
     (gradient,) = torch.autograd.grad(pooled.sum(), entering)
     call = Call(F.max_pool2d, (Produced(0), 3, 2, 1), {}, pooled, (0,))
-    mask = Rectifier(0, (0.0, float("inf")), (1, call), 1).mask(rectified.detach())
+    mask = Rectifier(0, (0.0, float("inf")), Windows.of_pool(call, rectified.shape)).mask(rectified.detach())
     assert torch.equal(mask != 0, gradient != 0)
 
 
@@ -284,6 +285,32 @@ def test_other_images_may_take_other_layers(other: Callable[[Tensor], bool]) -> 
     with torch.no_grad():
         net.c1.weight[:, :20] = 0
     require_exact(net, [images(6), images(1, seed=2), 0.1 * images(4)])
+
+
+def test_channels_of_a_padding_open_nothing_before_it() -> None:
+    """They are open at every position. Where the others are not, as in the second batch, the layer before is dead."""
+
+    def padded(net: Made, x: Tensor) -> Tensor:
+        few = F.conv2d(F.relu(net.n0(net.c0(x))), net.c1.weight[:4], padding=1)
+        return net.head(
+            F.relu(F.pad(few, (0, 0, 0, 0, 0, 44)) + F.conv2d(x, net.aux.weight[:, :, None, None])).mean((2, 3))
+        )
+
+    net = made(lambda: Made(padded))
+    net.aux = nn.Linear(3, 48).double()
+    with torch.no_grad():
+        net.aux.weight.fill_(0.001)
+        net.aux.weight[:4, 0], net.aux.weight[4:, 1] = 100.0, 1.0
+        net.head.bias[1] = 1e6
+    x = images(6).abs() + torch.tensor([1.0, 10.0, 0.0], dtype=torch.float64).view(3, 1, 1)
+    net.n0.running_mean.copy_(net.c0(x).mean((0, 2, 3)))
+    require_exact(net, [x, x * torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64).view(3, 1, 1)], splits=["n0"])
+
+
+def test_two_names_of_one_tensor() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48)), nn.ReLU(), nn.Conv2d(48, 32, 3))
+    net.extend([nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)])
+    require_exact(net.double().eval(), [images(6)], least=1.0, splits=["0", "0.1", "3"])
 
 
 def test_gradients_that_cancel_for_some_classes() -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.reach import Reach, reach_of
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, rectified_network
-from openood_sandi.detectors.sandi.ways import Way, ways_of
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.devices import fetch, is_autocast, take
 from openood_sandi.engine.network import SplitNetwork, Weights
 
-__all__ = ["Look", "Readable", "ReadableNetworks", "SpotChecks"]
+__all__ = ["Densities", "Look", "ReadableNetworks", "SpotChecks"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,32 +25,12 @@ Densities = tuple[Tensor, dict[str, Tensor]]
 """Logits (B, classes) and {split name: E (B, K)}."""
 
 
-@dataclass(frozen=True)
-class Readable:
-    """A network at one shape of images and one state of its weights.
-
-    Attributes:
-        rectified: its rectifiers.
-        ways: from splits to their rectifiers.
-        reach: how far the steps of the splits reach.
-    """
-
-    rectified: RectifiedNetwork
-    ways: tuple[Way, ...]
-    reach: Reach
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether of every split it is known what can change behind it."""
-        return bool(self.ways) and len(self.ways) + len(self.rectified.tails) == len(self.rectified.places)
-
-
 class Look(NamedTuple):
     """What is known for a batch."""
 
     key: object
     """Equal for images and weights for which the same is known."""
-    readable: Readable | None
+    rectified: RectifiedNetwork | None
     """What can be read there, if anything."""
     weights: Weights
     """Whose sums are believed to be the last ones, until they are fetched with all else that is to be known."""
@@ -71,7 +48,7 @@ class ReadableNetworks:
 
     def __init__(self, network: SplitNetwork, attack: Attack) -> None:
         self._network, self._attack = network, attack
-        self._known: dict[object, Readable | None] = {}
+        self._known: dict[object, RectifiedNetwork | None] = {}
         self._sums: dict[object, tuple[bytes, ...]] = {}
         """Of the weights as they were last read, by their counts of writes."""
 
@@ -101,29 +78,32 @@ class ReadableNetworks:
         """Nothing can be read there: gradients were seen to be otherwise."""
         self._known[key] = None
 
-    def _look(self, x: Tensor) -> Readable | None:
-        found, splits = self._network.record(x), self._network.splits
-        rectified = rectified_network(found, splits)
-        if rectified is None:
+    def _look(self, x: Tensor) -> RectifiedNetwork | None:
+        if self._network.hides_code:
             return None
-        ways = ways_of(found, rectified, [split for split in splits if split.site in rectified.gates])
-        return Readable(rectified, ways, reach_of(found, rectified, ways, self._attack))
+        return rectified_network(self._network.record(x), self._network.splits, self._attack)
 
 
 class SpotChecks:
     """One image of each predicted class is read and computed as well: patterns depend on the class that is attributed.
 
     Args:
-        computed: computes densities with every gradient.
         tolerance: the share of the positions that may differ.
     """
 
-    def __init__(self, computed: Callable[[Tensor], Densities], tolerance: float = _COINCIDENCE) -> None:
-        self._computed, self._tolerance = computed, tolerance
+    def __init__(self, tolerance: float = _COINCIDENCE) -> None:
+        self._tolerance = tolerance
         self._looked_at: dict[object, set[int]] = {}
         """Predicted classes of which an image was both read and computed, alike."""
 
-    def agree(self, x: Tensor, read: dict[str, Tensor], classes: Sequence[int], key: object) -> bool:
+    def agree(
+        self,
+        x: Tensor,
+        read: dict[str, Tensor],
+        compute: Callable[[Tensor], Densities],
+        classes: Sequence[int],
+        key: object,
+    ) -> bool:
         """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.
 
         One image of each class is looked at, ever.
@@ -133,7 +113,7 @@ class SpotChecks:
         rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
         if not rows:
             return True
-        computed = self._computed(take(x, rows))[1]
+        computed = compute(take(x, rows))[1]
         apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
         share = float(torch.cat(apart, 1).mean())
         if share > self._tolerance:
