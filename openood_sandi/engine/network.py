@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi.engine import checks, lanes
-from openood_sandi.engine.agreement import disagreement
+from openood_sandi.engine.agreement import compared
+from openood_sandi.engine.devices import is_autocast
 from openood_sandi.engine.errors import BackwardError, ReplayError
 from openood_sandi.engine.memory import MemoryBudget, free_memory, is_out_of_memory
 from openood_sandi.engine.plain import walk_plain
@@ -98,8 +99,10 @@ class SplitNetwork:
         self._running: nn.Module = self.net
         """What passes are made over: the twin, while a batch is worked on."""
         self._made = 0
-        self._agreed: set[object] = set()
+        self._agreed: dict[object, set[tuple[str, ...]]] = {}
+        """By kind of images and state of the network, the ways through its calls on which passes agree."""
         self._plain_because = ""
+        self._hides = ""
 
     @property
     def is_split(self) -> bool:
@@ -110,6 +113,12 @@ class SplitNetwork:
     def is_plain(self) -> bool:
         """Whether every gradient takes whole passes over the network, whose calls are then not told to observers."""
         return bool(self._plain_because)
+
+    @property
+    def hides_code(self) -> bool:
+        """Whether the recorded calls are not all that decides the gradients: there are custom autograd functions,
+        backward hooks or scripted code."""
+        return bool(self._hides)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -172,6 +181,7 @@ class SplitNetwork:
             logits = walk_splits(tape, x, walk, observer, self._budget)
         else:
             logits = walk_input(tape, x, walk, observer)
+        self._require_agreed_way(x, tape.call_names)
         if tape.call_names != self.call_names and any(site.module is None for site in sites):
             raise ReplayError(
                 "this batch takes the network through other calls than the first one did, so its split points at "
@@ -245,15 +255,31 @@ class SplitNetwork:
 
     def _require_agreement(self, x: Tensor) -> None:
         """Compares replayed passes with plain ones, once for each kind of images and state of the network."""
-        key = x.shape[1:], x.dtype, x.device, self._made
-        if key in self._agreed or self.is_plain:
-            return
+        if self._kind(x) not in self._agreed and not self.is_plain:
+            difference = self._difference(x)
+            if difference:
+                self._go_plain(difference)
+
+    def _require_agreed_way(self, x: Tensor, call_names: tuple[str, ...]) -> None:
+        """Compares again where ``x`` has taken the network through calls that no compared images did."""
+        ways = self._agreed.get(self._kind(x))
+        if ways is not None and call_names not in ways:
+            ways.add(call_names)
+            difference = self._difference(x[:2])
+            if difference:
+                raise ReplayError(difference)
+
+    def _difference(self, x: Tensor) -> str:
+        """In what replayed passes differ from plain ones on images ``x``, which are few."""
         sites = [split.site for split in self._splits]
         few = next(self._budget.parts(x, len(x)))
-        difference = disagreement(self._running, few, sites, self._budget, self._twin.state)
-        if difference:
-            self._go_plain(difference)
-        self._agreed.add(key)
+        found = compared(self._running, few, sites, self._budget, self._twin.state)
+        self._agreed.setdefault(self._kind(x), set()).add(found.call_names)
+        self._hides = self._hides or found.hides
+        return found.difference
+
+    def _kind(self, x: Tensor) -> tuple[object, ...]:
+        return x.shape[1:], x.dtype, x.device, is_autocast(x.device), self._made
 
     def _go_plain(self, reason: str) -> None:
         """From now on makes whole passes, one split at a time.
@@ -261,8 +287,14 @@ class SplitNetwork:
         Raises:
             ReplayError: that is so already, or some split points are no modules' outputs.
         """
-        if self.is_plain or any(split.site.module is None for split in self._splits):
+        if self.is_plain:
             raise ReplayError(reason)
+        for split in self._splits:
+            if split.site.module is None:
+                raise ReplayError(
+                    f"{reason}. Whole passes would do, if split point {split.name!r} were not the result of a function "
+                    "call; name modules in splits"
+                )
         self._plain_because = reason
         _log.warning(
             "every gradient takes whole passes over the network, one split point at a time, as %s. The scores are the "

@@ -20,6 +20,7 @@ from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.contents import Contents
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.recorded import Site
+from openood_sandi.engine.single_image import RightGradients
 from openood_sandi.engine.state import Snapshot
 from openood_sandi.engine.threads import in_this_thread
 from openood_sandi.engine.walk import Loss, Objective, Observer, Walk
@@ -118,7 +119,7 @@ class _Walker:
             with torch.no_grad():
                 return self.net(self.x.clone()), None
         split = _Replaced(self.feature, None)
-        with split.hooked(self.net):
+        with split.hooked(self.net), RightGradients() if len(self.x) == 1 else nullcontext():
             logits: Tensor = self.net(self.x.clone())
         if not logits.requires_grad:
             raise ReplayError(
@@ -146,7 +147,8 @@ class _Walker:
         self._state.restore()  # before there are hooks of ours, which are state, too
         kept = None if self.feature in (None, split.site) else _Kept(self.feature)
         with split.hooked(self.net), nullcontext() if kept is None else kept.hooked(self.net):
-            logits = self.net(x)
+            with RightGradients() if len(x) == 1 else nullcontext():
+                logits = self.net(x)
             value = None if self.feature is None else split.leaf if kept is None else kept.tensor
             features = None if value is None else value[None]
             return logits.detach(), [

@@ -7,12 +7,27 @@ for a gradient that lies in memory as the result does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["with_right_gradient"]
+__all__ = ["RightGradients", "with_right_gradient"]
+
+
+class RightGradients(TorchFunctionMode):
+    """Within it, every batch norm of one image has the right gradient."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "batch_norm":
+            with_right_gradient(result)
+        return result
 
 
 def with_right_gradient(result: object) -> None:

@@ -166,7 +166,8 @@ class RecordedNetwork:
 
     def positions(self, splits: Iterable[Split]) -> dict[Site, int]:
         """For each split, the tape position of the call whose result it is, if it is one."""
-        found = {split.site: self._pass.made_by.get(id(self._tensor(split))) for split in splits}
+        reached = (split for split in splits if split.site.module is None or split.site.name in self._by_name)
+        found = {split.site: self._pass.made_by.get(id(self._tensor(split))) for split in reached}
         return {site: position for site, position in found.items() if position is not None}
 
     def span(self, split: Split) -> range:

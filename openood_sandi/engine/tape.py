@@ -67,6 +67,8 @@ class Tape(TorchFunctionMode):
         self.net = net
         self._state = state
         self.calls: list[Call] = []
+        self.saw_all = True
+        """Whether every tensor with a gradient that the last recording used came from a call that it saw."""
         self.reached: dict[Site, int] = {}
         """Tape position at which each site was reached in the last recording: calls from there on are its suffix."""
         self.sites = tuple(sites)
@@ -89,13 +91,15 @@ class Tape(TorchFunctionMode):
 
     def record(self, x: Tensor, tap: Tap = keep) -> Tensor:
         """Runs the network on ``x`` (B, C, H, W), keeps every result, and returns the network's output."""
-        self.calls, self.reached, self._sizes, self._recording = [], {}, [], True
+        self.calls, self.reached, self._sizes, self._recording, self.saw_all = [], {}, [], True, True
         self._overwritten = inplace.Overwritten()
         self._origin[id(x)] = (x, -1)
         if self._state is not None:
             self._state.restore()
         try:
-            return self._run(x, tap)
+            output = self._run(x, tap)
+            self._look_at(output)
+            return output
         finally:
             self._recording = False
             self._origin.clear()
@@ -214,6 +218,7 @@ class Tape(TorchFunctionMode):
         self._regions.visit(site.name, tensor, tapped)
         self._changed = self._changed or tapped is not tensor
         if self._recording:
+            self._look_at(tensor)
             self.reached[site] = self._position
             self._origin[id(tapped)] = (tapped, self._origin.get(id(tensor), (tensor, -1))[1])
         return tapped
@@ -261,13 +266,22 @@ class Tape(TorchFunctionMode):
                 self._heard(self._position, self._names[-1], result)
         if self._regions.matter:
             self._regions.follow(name_of(func), operands, result)
+        site = self._at_call.get(self._position)
+        self._position += 1
+        if site is not None:
+            result = self._visit(site, result)
         if target is not None and isinstance(result, Tensor) and result is not target:
             self._replaced[id(target)] = (target, result)
             if self._recording:
                 self._overwritten.note(target, result)
-        site = self._at_call.get(self._position)
-        self._position += 1
-        return result if site is None else self._visit(site, result)
+        return result
+
+    def _look_at(self, *tensors: Any) -> None:
+        """Takes note of a tensor that hidden code computed from a split. Leaves are parameters."""
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in self._origin:
+                    self.saw_all = False
 
     def _is_derived(self, operands: list[Tensor]) -> bool:
         """Whether a call depends on the input, or, in a pass that is watched, on what a tap put into it."""
@@ -281,6 +295,7 @@ class Tape(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         self._overwritten.require_unread(func, args, tensors)
+        self._look_at(*tensors)
         producers: list[int] = []
 
         def taken(tensor: Tensor) -> Tensor | Produced:

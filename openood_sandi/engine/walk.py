@@ -22,7 +22,7 @@ from openood_sandi.engine.memory import MemoryBudget
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.tape import Tap, Tape
 
-__all__ = ["Loss", "LossPlan", "Objective", "Observer", "Walk", "walk_input", "walk_splits"]
+__all__ = ["Loss", "LossPlan", "Objective", "Observer", "Walk", "leaves_in", "walk_input", "walk_splits"]
 
 LossPlan = Callable[[Tensor, "Tensor | None"], "dict[Site, Objective]"]
 """From clean logits (B, classes) and clean F to the objective of each split, F's own included where it has one."""
@@ -87,7 +87,8 @@ def walk_splits(tape: Tape, x: Tensor, walk: Walk, observer: Observer, budget: M
     takes_step = attack.steps > 1 or observer.wants_motion
     clean: dict[Site, Tensor] = {}
     with torch.set_grad_enabled(bool(tape.sites)):
-        logits = _clean_pass(tape, x, _leaves(clean, tape.sites), observer, kept=takes_step and bool(tape.sites))
+        logits = _clean_pass(tape, x, leaves_in(clean, tape.sites), observer, kept=takes_step and bool(tape.sites))
+    _require_reached(tape.sites, clean)
     objectives = walk.losses(logits, clean.get(walk.feature) if walk.feature is not None else None)
     directions: dict[Site, Tensor] = {}
 
@@ -210,7 +211,8 @@ def walk_input(tape: Tape, x: Tensor, walk: Walk, observer: Observer) -> Tensor:
     for i in range(1, walk.attack.steps + (2 if observer.wants_motion else 1)):
         attacked.requires_grad_(True)
         z: dict[Site, Tensor] = {}
-        logits = tape.record(attacked, _leaves(z, tape.sites))
+        logits = tape.record(attacked, leaves_in(z, tape.sites))
+        _require_reached(tape.sites, z)
         now = {site: value.detach() for site, value in z.items()}
         if before:
             _report_motion(observer, now, before)
@@ -228,6 +230,15 @@ def walk_input(tape: Tape, x: Tensor, walk: Walk, observer: Observer) -> Tensor:
     return clean_logits
 
 
+def _require_reached(sites: Sequence[Site], z: dict[Site, Tensor]) -> None:
+    missed = [site.name for site in sites if site not in z]
+    if missed:
+        raise ValueError(
+            f"these images take the network past split point {missed[0]!r}, which others went through: its forward "
+            "chooses its layers by what it is given; name split points that every image goes through"
+        )
+
+
 def _rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
     """``tensor[numbers]``, which for a list would have to go to the tensor's device first."""
     if numbers == list(range(len(tensor))):
@@ -237,7 +248,7 @@ def _rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
     return torch.stack([tensor[number] for number in numbers])
 
 
-def _leaves(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
+def leaves_in(store: dict[Site, Tensor], sites: Iterable[Site]) -> Tap:
     """A tap that puts the activation of each of ``sites`` into ``store``, as a tensor to differentiate with respect to.
 
     Always a new tensor object: what else the network does with the old one happened before the split.

@@ -84,7 +84,7 @@ class _Description:
         """``value`` in plain terms."""
         if type(value) in _PLAIN:
             return value
-        if type(value) in (list, tuple) and all(type(item) in _PLAIN for item in value):
+        if type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value)):
             return type(value).__name__, [*value]
         if isinstance(value, enum.Enum):
             return "enum", self.of(type(value)), value.name

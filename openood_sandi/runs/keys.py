@@ -130,8 +130,10 @@ def _dataset(dataset: Any) -> object:
             "`files`, the path of every item in order, or `fingerprint`, a string that stands for the images"
         )
     folder = _folder(dataset, files)
-    own = {name: _below(value, folder) for name, value in vars(dataset).items() if name not in _PLACES}
-    return "files", type(dataset), [_below(file, folder) for file in files], own
+    own = {name: value for name, value in vars(dataset).items() if name not in _PLACES}
+    below = {place: _below(value, folder) for place, value in {id(value): value for value in own.values()}.items()}
+    own = {name: below[id(value)] for name, value in own.items()}  # torchvision has one list of images by two names
+    return "files", type(dataset), _below(files, folder), own
 
 
 def _folder(dataset: Any, files: list[str]) -> str:
@@ -142,10 +144,15 @@ def _folder(dataset: Any, files: list[str]) -> str:
 
 
 def _below(value: Any, folder: str) -> Any:
-    """``value`` with names of files as they are below ``folder``."""
+    """``value`` with names of files as they are below ``folder``; rows, as (file, class), column by column."""
     if type(value) in (list, tuple):
+        kinds = {*map(type, value)}
+        if kinds == {int}:
+            return value
+        if kinds == {tuple} and {*map(len, value)} == {2}:  # of 100,000 images, three times as quick as row by row
+            return "pairs", [_below([*column], folder) for column in zip(*value, strict=True)]
         return type(value)([_below(item, folder) for item in value])
-    if isinstance(value, int) or not isinstance(value, (str, os.PathLike)):  # numbers first: they are quickly told
+    if not isinstance(value, (str, os.PathLike)):
         return value
     text = os.fspath(value)
     if text.startswith(folder):

@@ -178,3 +178,24 @@ def test_a_split_inside_no_grad() -> None:
     before = surroundings(net, x)
     assert SandI(net, variant="Z")(x)[1].isfinite().all()
     assert surroundings(net, x) == before
+
+
+class Exits(Block):
+    """Images of another brightness leave before the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.feature(self.norm0(self.stem(x)))
+        if x.mean() < 2:
+            y = self.feature(self.norm1(self.conv1(y)))
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("variant", ["Z", "A"])
+def test_a_split_point_that_some_images_do_not_reach(variant: str) -> None:
+    """It has no gradient for them, neither zero nor any other."""
+    net, x = prepared(Exits)
+    detector = SandI(net, variant=variant, splits=["norm0", "norm1"], feature="feature#2")
+    tau = detector(x)[1]
+    with pytest.raises(ValueError, match=r"past split point 'norm1'.*name split points"):
+        detector(x + 5)
+    torch.testing.assert_close(detector(x)[1], tau)

@@ -240,6 +240,31 @@ def test_half_a_result_is_no_split_point() -> None:
     assert names(recorded(Gated()).splits("all", default="all")) == ["stem"]
 
 
+class AddsInPlace(nn.Module):
+    """What its activation is given was written in place, by calls whose result it drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 5)
+        self.named: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        z = self.conv(y)
+        z.add_(y)
+        z = z if self.named is None else self.named(z)
+        return self.head(z.relu().mean((2, 3)))
+
+
+def test_a_result_that_was_written_in_place_and_dropped_is_a_split_point() -> None:
+    net, x = prepared(AddsInPlace)
+    detector = SandI(net, variant="Z", step_size=0.1)
+    tau = detector(x)[1]
+    assert detector.split_names == ("stem", "add")
+    net.named = nn.Identity()
+    assert torch.equal(tau, Reference(net, x, ("stem", "named"), Options(step_size=0.1)).tau())
+
+
 def test_split_points_are_found_again_where_a_layer_is_replaced() -> None:
     net, x = prepared(InPlaceResidual)
     detector = SandI(net, variant="Z")

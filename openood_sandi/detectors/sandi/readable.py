@@ -64,8 +64,7 @@ class ReadableNetworks:
         self._sums = {weights.counted: sums}
         key = (*kind, weights.counted, sums)
         if key not in self._known:
-            rectified = rectified_network(self._network.record(x[:2]), self._network.splits, self._attack)
-            self._known = {**dict(list(self._known.items())[-7:]), key: rectified}
+            self._known = {**dict(list(self._known.items())[-7:]), key: self._look(x[:2])}
         return Look(key, self._known[key], weights, sums)
 
     def has_changed(self, look: Look, sums: Sequence[Tensor]) -> bool:
@@ -78,6 +77,11 @@ class ReadableNetworks:
     def reject(self, key: object) -> None:
         """Nothing can be read there: gradients were seen to be otherwise."""
         self._known[key] = None
+
+    def _look(self, x: Tensor) -> RectifiedNetwork | None:
+        if self._network.hides_code:
+            return None
+        return rectified_network(self._network.record(x), self._network.splits, self._attack)
 
 
 class SpotChecks:
