@@ -33,7 +33,7 @@ def look(net: nn.Module, x: Tensor, **options: object) -> tuple[SandI, Rectified
     detector = SandI(net, variant="Z", **options)
     detector.bounds(x)
     found: list[Any] = detector._network.over(x, detector._z._readable.at, list)
-    return detector, found[0][1]
+    return detector, found[0].known.rectified
 
 
 # ---------------------------------------------------------------------- edges
