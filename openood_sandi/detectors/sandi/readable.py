@@ -124,5 +124,5 @@ def agree(
     if share > tolerance:
         _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
         return False
-    agreed |= first.keys()
+    agreed.update(first)
     return True
