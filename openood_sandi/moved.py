@@ -40,7 +40,7 @@ MOVED = {
     "registry": "plugin.registry",
     "replay": "engine.tape",
     "score_cache": "runs.cache",
-    "shortcut": "detectors.sandi.shortcut",
+    "shortcut": "detectors.sandi.z_scores",
     "splitting": "engine.splits",
     "standins": "plugin.standins",
     "statistics": "detectors.sandi.densities",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def _settings_stay_as_they_are() -> Iterator[None]:
     assert not changed, f"the test changes settings of the whole process: {', '.join(changed)}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _sources_stay_as_they_are() -> Iterator[None]:
+    """Once a file: reading all of the package's sources before and after each test would take half a minute in all."""
+    before = keys.code()
+    yield
+    assert keys.code() == before, "a test of this file writes into the package's source files (or somebody else did)"
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """Of this process alone, for ``DistributedDataParallel``."""
@@ -39,7 +48,24 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def _settings() -> dict[str, str]:
-    return {**keys.arithmetic(torch.device("cpu")), "code": keys.code()}
+    return {**keys.arithmetic(torch.device("cpu")), "openood_sandi.runs.keys.code": str(keys.code)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of pytest-xdist's ways to share tests out, that in which neighbours, which share fixtures, stay together."""
+    if getattr(config.option, "dist", "no") == "load":  # what -n chooses
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Half of the time in which modules are imported would go into looking through them for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

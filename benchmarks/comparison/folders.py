@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,11 @@ from pathlib import Path
 from networks import SourceError
 from networks.architecture import Input, Normalisation
 
-from .image_files import image_set
-from .reading import AS_OPENOOD, SUFFIXES, Reading
-from .suite import Group, ImageSet, digest
+from openood_sandi.runs import pictures
 
-SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
-"""What systems leave in folders, beside names that begin with a dot."""
+from .image_files import image_set
+from .reading import AS_OPENOOD, Reading
+from .suite import Group, ImageSet, digest
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def classes_of(folder: Path, option: str = "--id") -> list[str]:
     """The names of the subfolders, one a class, in alphabetical order as torchvision's ImageFolder has them."""
     if not folder.is_dir():
         raise SourceError(f"{option} {folder} is no folder.")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not pictures.is_hidden(path.name))
     if len(names) < 2:
         raise SourceError(f"{option} {folder} has {len(names)} subfolders; expected one for each class.")
     return names
@@ -90,10 +88,13 @@ def class_set(
     strange = [name for name in there if name not in classes]
     if strange:
         raise SourceError(f"{option} {folder} has the class {strange[0]!r}; known are {', '.join(classes)}.")
-    entries = [(f"{name}/{file}", classes[name]) for name in there for file in _files(folder / name)[0]]
+    found = {name: pictures.below(folder / name) for name in there}
+    entries = [(f"{name}/{file}", classes[name]) for name, (files, _) in found.items() for file in files]
     if not entries:
-        raise SourceError(f"There is no image ({', '.join(SUFFIXES)}) in the subfolders of {option} {folder}.")
-    others = sum((_files(folder / name)[1] for name in there), Counter[str]())
+        raise SourceError(
+            f"There is no image ({', '.join(pictures.suffixes())}) in the subfolders of {option} {folder}."
+        )
+    others = sum((left for _, left in found.values()), Counter[str]())
     described = f"images in {folder}{_left_out(others)}"
     name = folder.resolve().name if option == "--id" else f"{option[2:]} {folder.resolve().name}"
     return image_set(name, "ID", folder, entries, shape, normalisation, described, reading)
@@ -105,10 +106,10 @@ def folder_set(
     """The images anywhere below ``folder``, in the order of their paths."""
     if not folder.is_dir():
         raise SourceError(f"--ood {name}: {folder} is no folder.")
-    files, others = _files(folder)
+    files, others = pictures.below(folder)
     entries = [(file, -1) for file in files]
     if not entries:
-        raise SourceError(f"--ood {name}: there is no image ({', '.join(SUFFIXES)}) below {folder}.")
+        raise SourceError(f"--ood {name}: there is no image ({', '.join(pictures.suffixes())}) below {folder}.")
     described = f"images below {folder}{_left_out(others)}"
     return image_set(name, group, folder, entries, shape, normalisation, described, reading)
 
@@ -140,30 +141,4 @@ def split(known: ImageSet, shares: Sequence[float]) -> tuple[ImageSet, ImageSet,
 
 
 def _left_out(others: Counter[str]) -> str:
-    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
-    return f", left out: {kinds}" if kinds else ""
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM
-
-
-def _files(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Images below ``folder``, through links too, and how many other files there are by suffix; nothing hidden."""
-    found, others, seen = [], Counter[str](), {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not _hidden(name) and _new(os.path.join(parent, name), seen)]
-        for path in (Path(parent, name) for name in names if not _hidden(name)):
-            if path.suffix.lower() in SUFFIXES:
-                found.append(path.relative_to(folder).as_posix())
-            else:
-                others[path.suffix.lower()] += 1
-    return sorted(found), others
-
-
-def _new(folder: str, seen: set[str]) -> bool:
-    """Whether a folder has not been met, by this way or another: links may lead in circles."""
-    real = os.path.realpath(folder)
-    new = real not in seen
-    seen.add(real)
-    return new
+    return f", left out: {pictures.in_words(others)}" if others else ""

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 from networks import SourceError
 from PIL import Image, ImageFile, ImageOps
 
-from openood_sandi.runs import contents
+from openood_sandi.runs import contents, pictures
 
 Policy = Literal["stop", "skip", "grey"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-KINDS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SUFFIXES = tuple(kind for kind in KINDS if kind in Image.registered_extensions())
-"""What names of images end with: those of ``KINDS`` that this Pillow can read."""
 GREY = (128, 128, 128)
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FOR_NOW = (*MACHINE, errno.EIO, errno.EACCES, errno.ENOENT)
@@ -69,7 +65,8 @@ class Reading:
     def _pixels(self, path: Path, truncated: bool) -> Image.Image:
         with _truncated_images(truncated), Image.open(path) as file:
             image = ImageOps.exif_transpose(file) if self.exif else file
-            return _eight_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+            pixels: Image.Image = pictures.rgb(image)
+            return pixels
 
 
 AS_OPENOOD = Reading()
@@ -81,19 +78,6 @@ def _gives_bytes(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of deep pixels in RGB: 0..65535 or, of floats, 0..1 scaled to 0..255, which Pillow would cut off."""
-    pixels = np.asarray(image).astype(np.float64)
-    if not np.isfinite(pixels).all():
-        raise ValueError("some of its pixels are NaN or infinite")
-    largest = float(pixels.max(initial=0))
-    if image.mode == "F":
-        white = next((white for white in (1, 255, 65535) if largest <= white), largest)
-    else:
-        white = max(65535, largest)
-    return Image.fromarray((pixels.clip(0) * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 @contextmanager

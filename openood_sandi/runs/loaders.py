@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from openood_sandi.runs import pictures
 from openood_sandi.runs.batches import images_and_labels
 from openood_sandi.runs.unreadable import Collate, Readable, Unreadable, record
 
 __all__ = ["Folder", "batches_of", "folder", "loader_of", "readable"]
 
-#: What a folder's images are called; others are no images.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_log = logging.getLogger(__name__)
 
 
 def loader_of(source: Any, batch_size: int = 64) -> Any:
@@ -73,8 +73,9 @@ class Folder(Dataset[tuple[Any, int]]):
     """The images below a folder, in sorted order, each with the number of its subfolder among the sorted ones.
 
     Args:
-        path: the folder; images may lie in it or in subfolders of any depth. Where all lie below first-level
-            subfolders, these are the classes; otherwise no image has a label, which is -1.
+        path: the folder; images may lie in it or in subfolders of any depth, links included. Where all lie below
+            first-level subfolders, these are the classes; otherwise no image has a label, which is -1. Hidden folders
+            and files, and what systems leave, do not count; other files are left out, and the log says how many.
         transform: an image of Pillow's, in RGB, to a tensor (C, H, W), as test images are transformed.
 
     Attributes:
@@ -89,9 +90,12 @@ class Folder(Dataset[tuple[Any, int]]):
         root = Path(path).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"{str(path)!r} is no folder; expected one with images in it or in its subfolders")
-        below = sorted(_images_below(root))
+        below, others = pictures.below(root)
         if not below:
-            raise FileNotFoundError(f"no images in {str(path)!r}; expected files that end in {', '.join(SUFFIXES)}")
+            kinds = ", ".join(pictures.suffixes())
+            raise FileNotFoundError(f"no images in {str(path)!r}; expected files that end in {kinds}")
+        if others:
+            _log.warning("%s: left out, as they are no images: %s", path, pictures.in_words(others))
         firsts = [name.partition("/")[0] for name in below]
         self.files = [root / name for name in below]
         self.classes = sorted({*firsts}) if all("/" in name for name in below) else []
@@ -106,16 +110,7 @@ class Folder(Dataset[tuple[Any, int]]):
         from PIL import Image
 
         with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("RGB")), self.labels[index]
-
-
-def _images_below(root: Path) -> Iterator[str]:
-    """The names of the images in a folder, and below it, from it on, with slashes."""
-    for place, _, names in os.walk(root):
-        within = Path(place).relative_to(root).as_posix()
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and os.path.isfile(os.path.join(place, name)):
-                yield name if within == "." else f"{within}/{name}"
+            return self.transform(pictures.rgb(image)), self.labels[index]
 
 
 def folder(

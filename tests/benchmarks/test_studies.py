@@ -79,6 +79,9 @@ def test_the_study_of_subsets(tmp_path: Path) -> None:
         "9",
         "--subsets",
         "3",
+        "--gates",
+        "1.5",
+        "0.01",
         "--batch-size",
         "16",
         "--out",
@@ -89,8 +92,13 @@ def test_the_study_of_subsets(tmp_path: Path) -> None:
     assert told["command"].startswith("python benchmarks/fit_subsets.py '--data digits' --per-class 5 9")
     assert {"commit", "versions", "hardware"} <= told.keys()
     every = pd.DataFrame(told["every fit"])
-    assert list(every["fitted to"]) == ["energy", "max logit", "all", *["5 a class"] * 3, *["9 a class"] * 3]
-    assert list(every["images"]) == [0, 0, 150, 35, 35, 35, 63, 63, 63]
+    assert list(every["fitted to"]) == [
+        *("energy", "max logit", "all", "all, gate 1.5", "all, gate 0.01"),
+        *["5 a class"] * 3,
+        *["9 a class"] * 3,
+    ]
+    assert list(every["images"]) == [0, 0, 150, 150, 150, 35, 35, 35, 63, 63, 63]
+    assert every["far"][2] == every["far"][3] != every["far"][4]  # 1.5 is the default
     suite = tiny_suite.suite()
     with torch.no_grad():
         energy = [-suite.network(next(iter(images.loader(12)))[0]).logsumexp(1) for images in suite.test_sets]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.places import BENCHMARKS
-
 for module in ("matplotlib", "pandas", "sklearn", "tqdm"):
     pytest.importorskip(module, reason=f'{module} is missing; supply it by pip install -e ".[bench]"')
 
 
 import numpy as np
-import pandas as pd
-import throughput
-from comparison import cost
 from networks.catalogue import norms
 from networks.cifar import CifarResNet, WideResNet
 from networks.imagenet import BitResNet
@@ -37,7 +28,6 @@ from speed.networks import NETWORKS, TimedNetwork, narrow, out_of_place
 from openood_sandi import SandI
 
 CPU = torch.device("cpu")
-BOUNDS = {"bounds-z", "bounds-z-t5", "decisions-z", "decisions-z-estimates"}
 NARROW = {"resnet18": 1 / 16, "resnet34": 1 / 16, "wrn40-2": 1 / 8, "bit-s-r101x1": 1 / 16, "resnet50": 1 / 16}
 
 
@@ -121,12 +111,16 @@ def test_the_resnet_without_additions_in_place_is_torchvisions() -> None:
 # ---------------------------------------------------------------- loops
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
 @pytest.mark.parametrize(
-    "options", [SandIOptions(), SandIOptions(combine="union"), SandIOptions(combine="intersection", steps=3)]
+    "released, options",
+    [
+        *((released, SandIOptions()) for released in (False, True)),
+        (True, SandIOptions(combine="union")),
+        (False, SandIOptions(combine="intersection", steps=3)),
+    ],
 )
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("wrn40-2", marks=pytest.mark.slow)])
-def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, released: bool) -> None:
+def test_loops_give_the_counts_of_sandi_z(name: str, released: bool, options: SandIOptions) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()
     splits = network.splits(net, "paper")
@@ -143,10 +137,11 @@ def test_loops_give_the_counts_of_sandi_z(name: str, options: SandIOptions, rele
     torch.testing.assert_close(tau, detector(images)[1], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["naive", "released"])
-@pytest.mark.parametrize("options", [SandIOptions("A"), SandIOptions("A", steps=1, top_fraction=1.0)])
+@pytest.mark.parametrize(
+    "released, options", [(False, SandIOptions("A")), (True, SandIOptions("A", steps=1, top_fraction=1.0))]
+)
 @pytest.mark.parametrize("name", [pytest.param("bit-s-r101x1", marks=pytest.mark.slow), "resnet50"])
-def test_loops_give_the_averages_of_sandi_a(name: str, options: SandIOptions, released: bool) -> None:
+def test_loops_give_the_averages_of_sandi_a(name: str, released: bool, options: SandIOptions) -> None:
     network = small(name)
     net = network.build(NARROW[name]).double()
     splits = network.splits(net, "paper")
@@ -244,26 +239,19 @@ def test_differences_count_channels_and_compare_scores() -> None:
     assert measuring.differences(other, expected, "A")[0] is None
 
 
+@pytest.mark.parametrize("options", [{"steps": 1}, {"combine": "union"}], ids=str)
+def test_what_is_read_off_one_forward_pass_keeps_a_byte_a_unit(options: dict[str, Any]) -> None:
+    """At most 0.35 of what a forward pass holds that keeps its activations, narrow as the network may be."""
+    torch.manual_seed(0)
+    net = CifarResNet((3, 3, 3), (16, 32, 64), 10, padded=True).eval()
+    x = torch.randn(4, 3, 32, 32)
+    detector = SandI(net, variant="Z", **options)
+    detector(x)
+    assert detector.proved_share == 1
+    assert count(lambda: detector(x), CPU).peak_bytes < 0.35 * count(lambda: net(x), CPU).peak_bytes
+
+
 # ---------------------------------------------------------------- timing and report
-
-
-def test_cost_takes_the_turns_and_the_clock_it_is_given() -> None:
-    now = 0.0
-    durations = iter([9.0, 1.0, 2.0, 3.0])  # the first, the warm-up's, does not count
-
-    class Net(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            nonlocal now
-            now += 0.5
-            return images
-
-    def scorer(images: Tensor) -> None:
-        nonlocal now
-        now += next(durations)
-
-    measured = cost.measure(Net(), scorer, torch.zeros(4, 1), turns=3, clock=lambda: now)
-    assert measured.forwards == pytest.approx((3.0, 4.0, 5.0))
-    assert measured.images_per_second == pytest.approx(2.0)
 
 
 def test_msps_share_is_that_of_the_same_network_and_batch() -> None:
@@ -300,135 +288,3 @@ def test_a_point_is_measured_with_its_own_numbers() -> None:
     flops = {point["method"]: (point["flops"], more["flops"]) for point, more in zip(few, many, strict=True)}
     assert flops["naive-z"][1] > 5 * flops["naive-z"][0]
     assert all(name in measuring.METHODS for name in flops)
-
-
-# ---------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments of a run that takes seconds: small images, narrow and shallow networks, one sweep of two points."""
-    pytest.importorskip("torchvision", reason="torchvision is missing: pip install torchvision")
-    shallow = {
-        "resnet18": lambda classes: CifarResNet((1, 1, 1, 1), classes=classes),
-        "resnet50": lambda classes: out_of_place(classes, (1, 1, 1, 1)),
-    }
-    for name, make in shallow.items():
-        network = small(name)
-        architecture = replace(network.architecture, make=make)
-        monkeypatch.setitem(NETWORKS, name, replace(network, architecture=architecture))
-    points = [(n, scaling.Point(splits=n, batch=2, size=8, blocks=1)) for n in (1, 3)]
-    monkeypatch.setattr(throughput, "sweeps", lambda batch, quick: {"number of splits": points})
-    arguments = ["--device", "cpu", "--networks", "resnet18", "resnet50", "--width", "0.0625", "--batch-size", "3"]
-    return [*arguments, "--turns", "2", "--seed", "5"]
-
-
-@pytest.mark.slow
-def test_a_small_run_end_to_end(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert throughput.main([*tiny, "--out", str(tmp_path)]) == 0
-    scaling_files = ["scaling_number_of_splits.csv", "scaling_number_of_splits.png"]
-    table_files = ["throughput.csv", "throughput.json", "throughput.md"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cost.png", *scaling_files, *table_files]
-
-    frame = pd.read_csv(tmp_path / "throughput.csv")
-    assert list(zip(frame["network"], frame["method"], strict=True)) == [
-        (name, method)
-        for name in ("resnet18", "resnet50")
-        for method in measuring.METHODS
-        if measuring.METHODS[method].applies(NETWORKS[name])
-    ]
-    slow = frame["method"].map(lambda name: measuring.METHODS[name].slow)
-    assert set(frame["batch"][~slow]) == {3} and set(frame["batch"][slow]) == {2}
-    assert (frame["forwards_q1"] <= frame["forwards"]).all() and (frame["forwards"] <= frame["forwards_q3"]).all()
-    assert (frame.loc[frame["method"].isin(["forward", "kept", "msp"]), "flops"] == 1).all()
-    assert (frame.loc[frame["method"] == "kept", "peak_of_kept"] == 1).all()
-    compared = frame[frame["score_difference"].notna()]
-    assert set(compared["method"]) == set(frame["method"]) - {"forward", "kept", "msp", "naive-z", "naive-a", *BOUNDS}
-    assert compared["score_difference"].max() < 1e-3
-
-    record = json.loads((tmp_path / "throughput.json").read_text(), parse_constant=lambda text: pytest.fail(text))
-    assert [row["method"] for row in record["results"]] == list(frame["method"])
-    assert record["seed"] == 5 and record["width"] == 0.0625 and record["splits"] == "paper" and "commit" in record
-    assert record["hardware"]["torch_threads"] == 1 and record["versions"]["torch"] == torch.__version__
-    assert {(p["value"], p["method"]) for p in record["scaling"]["number of splits"]} == {
-        (value, name) for value in (1, 3) for name in ("sandi-z", "bounds-z", "sandi-z-exact", "naive-z")
-    }
-    printed, written = capsys.readouterr().out, (tmp_path / "throughput.md").read_text()
-    for text in (printed, written):
-        for word in ("ResNet-18 for 32 pixels (12)", "/kept", "multiplied by 0.0625", "released-a", "of MSP"):
-            assert word in text
-
-
-def test_a_wrong_argument_is_told_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        throughput.main(["--methods", "none"])
-    error, usage = capsys.readouterr().err.splitlines()
-    assert "error: argument --methods" in error and usage.startswith("usage:")
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_finished_measurements_survive_an_interruption(
-    tiny: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: type[BaseException],
-) -> None:
-    measure = measuring.Bench.measure
-
-    def breaks(self: measuring.Bench, method: str, batch: int) -> dict[str, Any]:
-        if method == "gaia-z":
-            raise error
-        return measure(self, method, batch)
-
-    monkeypatch.setattr(measuring.Bench, "measure", breaks)
-    arguments = [*tiny, "--methods", "msp", "gaia-z", "sandi-z", "--out", str(tmp_path)]
-    if error is KeyboardInterrupt:
-        assert throughput.main(arguments) == 130
-    else:
-        with pytest.raises(error):
-            throughput.main(arguments)
-    assert list(pd.read_csv(tmp_path / "throughput.csv")["method"]) == ["msp"]
-    printed = capsys.readouterr()
-    assert " msp " in printed.out and ("Interrupted" in printed.err) == (error is KeyboardInterrupt)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--turns", "1"],
-        ["--batch-size", "0"],
-        ["--width", "0"],
-        ["--width", "nan"],
-        ["--networks", "resnet19"],
-        ["--methods", "sandi"],
-        ["--splits", "x"],
-        ["--device", "gpu"],
-        ["--clock", "processor", "--threads", "2"],
-        ["--networks", "resnet18", "--methods", "sandi-a"],
-    ],
-)
-def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        throughput.main(wrong)
-    assert wrong[0] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_command_imports_neither_torchvision_nor_openood() -> None:
-    program = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent)!r}]; import throughput; "
-    program += 'print("imported:", sorted({"torchvision", "openood"} & set(sys.modules)))'
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout == "imported: []\n"
-
-
-@pytest.mark.parametrize("options", [{"steps": 1}, {"combine": "union"}], ids=str)
-def test_what_is_read_off_one_forward_pass_keeps_a_byte_a_unit(options: dict[str, Any]) -> None:
-    """At most 0.35 of what a forward pass holds that keeps its activations, narrow as the network may be."""
-    torch.manual_seed(0)
-    net = CifarResNet((3, 3, 3), (16, 32, 64), 10, padded=True).eval()
-    x = torch.randn(4, 3, 32, 32)
-    detector = SandI(net, variant="Z", **options)
-    detector(x)
-    assert detector.proved_share == 1
-    assert count(lambda: detector(x), CPU).peak_bytes < 0.35 * count(lambda: net(x), CPU).peak_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,10 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openood_sandi import SandI
-from openood_sandi.detectors.sandi.alive import BackwardGraph, Pattern, walk_back
-from openood_sandi.detectors.sandi.call_graph import CallGraph
-from openood_sandi.detectors.sandi.links import backward_graph
-from openood_sandi.engine.passes import record_pass
 from tests.helpers.random_graphs import RandomGraph
 
 DTYPES = (torch.float64, torch.float32)
@@ -249,16 +245,15 @@ def test_what_got_a_splits_tensor_beside_it_does_not_count() -> None:
     require_read(made(Inside, torch.float64), images(6, torch.float64), ["inner.last", "inner.norm"], least=0.0)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 40))])
 def test_random_graphs(seed: int) -> None:
-    net = RandomGraph(seed)
-    for dtype in DTYPES:
-        net = net.to(dtype)
-        x = net.images(8, dtype)
-        for options in ({"steps": 1}, {"combine": "union", "step_size": 0.05}, {"steps": 2, "step_size": 0.05}):
-            exact = SandI(net, variant="Z", rectifier_shortcut=False, **options).densities(x)
-            for name, density in SandI(net, variant="Z", **options).densities(x).items():
-                assert torch.equal(density, exact[name]), (name, options)
+    dtype = DTYPES[seed % 2]
+    net = RandomGraph(seed).to(dtype)
+    x = net.images(8, dtype)
+    for options in ({"steps": 1}, {"combine": "union", "step_size": 0.05}, {"steps": 2, "step_size": 0.05}):
+        exact = SandI(net, variant="Z", rectifier_shortcut=False, **options).densities(x)
+        for name, density in SandI(net, variant="Z", **options).densities(x).items():
+            assert torch.equal(density, exact[name]), (name, options)
 
 
 def test_most_images_of_random_graphs_without_overlapping_windows_are_read() -> None:
@@ -267,46 +262,3 @@ def test_most_images_of_random_graphs_without_overlapping_windows_are_read() -> 
         net = RandomGraph(seed, blocks).double().requires_grad_(False)
         names = [name for name, layer in net.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         require_read(net, net.images(8, torch.float64), names)
-
-
-def backward(net: nn.Module, x: Tensor) -> tuple[BackwardGraph, dict[int, Tensor], Tensor]:
-    """The ways back through a network, the masks of its rectifiers and the predicted classes."""
-    found = record_pass(net, x)
-    output = found.made_by[id(found.output)]
-    graph = CallGraph(found.calls, output)
-    bounds = {"relu": (0, 1e9), "relu6": (0, 6)}
-    masks = {p: (c.result > bounds[c.name][0]) & (c.result < bounds[c.name][1]) for p, c in graph if c.name in bounds}
-    return backward_graph(graph, frozenset(masks), 0), masks, found.output.argmax(1)
-
-
-def between(surely: dict[int, Tensor], possibly: dict[int, Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-    for position in surely:
-        drawn = torch.rand(surely[position].shape, generator=generator) < 0.5
-        yield surely[position] | (possibly[position] & drawn)
-
-
-@pytest.mark.parametrize(
-    "kind", [chain, grouped, depthwise, relu6, concatenated, residual], ids=lambda kind: kind.__name__
-)
-def test_what_is_surely_and_possibly_open_encloses_all_that_it_may_be(kind: Callable[[Block, Tensor], Tensor]) -> None:
-    net = made(lambda: Block(kind), torch.float64)
-    net.wide.weight.mul_(torch.rand(net.wide.weight.shape) > 0.1)
-    graph, masks, labels = backward(net, images(4, torch.float64))
-    generator = torch.Generator().manual_seed(0)
-    surely = {p: mask & (torch.rand(mask.shape, generator=generator) < 0.9) for p, mask in masks.items()}
-    possibly = {p: mask | (torch.rand(mask.shape, generator=generator) < 0.1) for p, mask in masks.items()}
-
-    def maps(open_: dict[int, Pattern]) -> dict[int, Pattern]:
-        return dict(walk_back(graph, open_, labels, 4))
-
-    enclosing = maps({p: Pattern(surely[p], possibly[p]) for p in masks})
-    open_question = False
-    for _ in range(5):
-        drawn = dict(zip(masks, between(surely, possibly, generator), strict=True))
-        for position, pattern in maps({p: Pattern.known(mask) for p, mask in drawn.items()}).items():
-            low, high = enclosing[position]
-            now = torch.ones(1, dtype=torch.bool) if pattern.surely is None else pattern.surely
-            low, high = (torch.ones(1, dtype=torch.bool) if end is None else end for end in (low, high))
-            assert not (low & ~now).any() and not (now & ~high).any()
-            open_question = open_question or bool((high & ~low).any())
-    assert open_question

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 from openood_sandi.detectors.sandi.bounds import Bounds
-from tests.detectors.test_shortcut import Made, OptionA, Plain, images, made
 from tests.helpers import cases, networks
 from tests.helpers.cases import Case
+from tests.helpers.rectified_networks import WAYS, Made, OptionA, Plain, exact, images, made, with_way
 
 OPTIONS = (
     {"steps": 1},
@@ -26,12 +25,6 @@ OPTIONS = (
     {"steps": 4, "step_size": 0.02, "combine": "intersection"},
 )
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-def exact(net: nn.Module, **options: object) -> SandI:
-    return SandI(net, variant="Z", rectifier_shortcut=False, **options)
-
-
 TAIL = ["n0", "n1", "tail"]
 
 
@@ -61,38 +54,6 @@ def test_tau_is_inside(options: dict[str, object], pool: bool, dtype: torch.dtyp
         assert torch.equal(bounds.low, bounds.high)
     else:
         assert bool((bounds.low < bounds.high).all())
-
-
-def with_way(kind: str, net: Made, x: Tensor) -> Tensor:
-    """A network whose splits are at some distance from their rectifiers."""
-    a = F.relu(net.n0(net.c0(x)))
-    if kind == "slope":  # a batch norm scales the step by five, up or down
-        return net.head(F.relu(net.n1(net.c1(a))).mean((2, 3)))
-    if kind == "residual":  # additions in float32 round the step
-        return net.head(F.relu(net.n1(net.c1(a)) + net.c2(a)).mean((2, 3)))
-    if kind == "in place":
-        b = net.n1(net.c1(a))
-        b += net.c2(a)
-        return net.head(F.relu(b, inplace=True).mean((2, 3)))
-    if kind == "into the residual":
-        beside = net.c2(a)
-        beside += net.n1(net.c1(a))
-        return net.head(F.relu_(beside).mean((2, 3)))
-    if kind == "twice":
-        beside, b = net.c2(a), net.n1(net.c1(a))
-        beside += b
-        beside += a
-        return net.head(beside.relu_().mean((2, 3)))
-    if kind == "with a tail":
-        return net.head(net.tail(F.relu(net.n1(net.c1(a)))).flatten(1))
-    if kind == "both clips":
-        return net.head(F.relu6(net.n1(net.c1(a))).mean((2, 3)))
-    if kind == "max-pool":
-        return net.head(F.max_pool2d(F.relu6(net.n1(net.c1(a)) + net.c2(a)), 3, 2, 1).mean((2, 3)))
-    raise AssertionError(kind)
-
-
-WAYS = ("slope", "residual", "in place", "into the residual", "twice", "both clips", "max-pool")
 
 
 @pytest.mark.parametrize("kind", WAYS)
@@ -307,78 +268,3 @@ def test_no_split_that_is_proved_is_replayed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("openood_sandi.engine.tape.Tape.replay", refuse)
     found = detector.densities(x)
     assert all(torch.equal(found[name], density) for name, density in expected.items())
-
-
-# ---------------------------------------------------------------------- what is told
-
-
-def test_the_log_says_how_far_off_scores_can_be(caplog: pytest.LogCaptureFixture) -> None:
-    net, x = made(lambda: Plain(width=64)), images(6)
-    with caplog.at_level("INFO"):
-        SandI(net, variant="Z").score(x, progress=False)
-        assert "middle" not in caplog.text
-        detector = SandI(net, variant="Z", precision="bounded")
-        detector.score(x, progress=False)
-    assert f"off by {detector.max_error:.3g} at most: that is proved of 100 % of 6 images" in caplog.text
-
-
-def test_the_middle_serves_as_score() -> None:
-    net, x = made(Plain), images(6)
-    detector = SandI(net, variant="Z", precision="bounded", steps=4)
-    bounds = detector.bounds(x)
-    assert torch.equal(detector(x)[1], bounds.middle)
-    assert detector.max_error == float(bounds.half_width.max())
-    assert detector.proved_share == float(bounds.proved.double().mean())
-    tau = SandI(net, variant="Z", steps=4)(x)[1]
-    assert bool(((detector(x)[1] - tau).abs() <= detector.max_error * (1 + 1e-6)).all())
-    assert SandI(net, variant="Z").max_error == 0
-
-
-def network_and_threshold(call: Callable[[], nn.Module] = Plain) -> tuple[nn.Module, Tensor, float]:
-    net, x = made(call), images(40)
-    return net, x, float(exact(net)(x)[1].sort().values[30])
-
-
-def test_decisions_are_those_of_tau() -> None:
-    net, x, threshold = network_and_threshold(lambda: Plain(width=3))
-    expected = exact(net)(x)[1] > threshold
-    detector = SandI(net, variant="Z")
-    detector.threshold = threshold
-    assert torch.equal(detector.is_ood(x), expected)
-    found = detector.decide([x[:16], x[16:32], x[32:]])
-    assert found.ood is not None and found.ood.tolist() == expected.tolist()
-    assert found.pred.tolist() == net(x).argmax(1).tolist()
-    tau = exact(net)(x)[1].numpy()
-    assert abs(found.score - tau).max() <= float(detector.bounds(x).half_width.max()) * 1.001
-
-
-def test_only_what_is_open_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those above the threshold that are not proved, all of which fit into one batch."""
-    net, x, threshold = network_and_threshold(lambda: Plain(width=3))
-    expected = exact(net)(x)[1] > threshold
-    detector = SandI(net, variant="Z")
-    detector.threshold = threshold
-    bounds = detector.bounds(x)
-    left = int((~bounds.decided(threshold)).sum())
-    assert 0 < left < 16
-    computed: list[int] = []
-    plain = SandI._tau
-    monkeypatch.setattr(SandI, "_tau", lambda self, x: computed.append(len(x)) or plain(self, x))
-    detector.decide(x.split(16))
-    assert computed == [left]
-    computed.clear()
-    assert torch.equal(detector.is_ood(x, hard=False), expected)
-    straddling = int(((bounds.low <= threshold) & (bounds.high > threshold)).sum())
-    assert computed == [straddling] * bool(straddling) and straddling < left
-    computed.clear()
-    detector.threshold = float(bounds.high.max())
-    assert not detector.is_ood(x).any() and not computed
-
-
-def test_decisions_need_a_threshold_and_images() -> None:
-    detector = SandI(made(Plain), variant="Z")
-    with pytest.raises(RuntimeError, match="no threshold"):
-        detector.is_ood(images(2))
-    detector.threshold = 1.0
-    with pytest.raises(ValueError, match="no images"):
-        detector.decide([])

@@ -18,7 +18,7 @@ from tests.helpers.foreign_device import ForeignDevice, OnDevice, foreign_device
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 WIDTHS = {"every image proved": 16, "some proved": 10, "few proved": 6}
-BATCHES = [images(8, seed) for seed in (11, 12, 13)]
+BATCHES = [images(8, seed) for seed in (11, 12)]
 
 
 @pytest.fixture
@@ -59,14 +59,20 @@ def test_scores_are_those_of_the_cpu_and_a_batch_waits_once(name: str, float64: 
             assert len(device.waits) <= 1, device.waits
 
 
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize(
-    "options", [{"steps": 1}, {"steps": 3}, {"combine": "union"}, {"rectifier_shortcut": False}], ids=str
+    "proved, options",
+    [
+        *((proved, {"steps": 3}) for proved in WIDTHS),
+        ("every image proved", {"steps": 1}),
+        ("some proved", {"rectifier_shortcut": False}),
+        ("few proved", {"combine": "union"}),
+    ],
+    ids=str,
 )
-def test_z_waits_once_whatever_is_proved(width: int, options: dict[str, Any], device: ForeignDevice) -> None:
-    net = network(width)
+def test_z_waits_once_whatever_is_proved(proved: str, options: dict[str, Any], device: ForeignDevice) -> None:
+    net = network(WIDTHS[proved])
     here, there = SandI(net, variant="Z", **options), SandI(moved(net), variant="Z", **options)
-    for x in BATCHES * 3:
+    for x in BATCHES * 2:  # each class is looked at more closely when it first comes
         expected = here(x)
         device.waits.clear()
         require_equal(there(OnDevice(x)), expected, True)
@@ -175,7 +181,8 @@ def test_a_fit_on_the_device(kind: Any, waits: int, float64: bool) -> None:
 def test_a_data_set_is_fetched_as_a_whole(name: str, device: ForeignDevice) -> None:
     net = network(16)
     here, there = made(name, net), on_the_device(name, net)
-    loader = DataLoader(TensorDataset(torch.cat(BATCHES), torch.zeros(24).long()), batch_size=8)
+    x = torch.cat(BATCHES)
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x)).long()), batch_size=8)
     expected = here.score(loader, progress=False)
     there.score(loader, progress=False)
     device.waits.clear()

@@ -66,7 +66,7 @@ def refusal(options: dict[str, Any]) -> str | None:
     return None
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(OPTIONS), value=anything, variant=st.sampled_from("ZA"))
 @example(name="step_size", value=1e38, variant="A")
 @example(name="splits", value=["*"], variant="A")

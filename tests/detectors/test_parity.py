@@ -10,6 +10,7 @@ files of ``$SANDI_PARITY``, or of ``../shared/parity`` beside the checkout, are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,8 @@ NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 SCORE = {("Z", "f64"): 1e-12, ("A", "f64"): 1e-10, ("Z", "f32"): 5e-6, ("A", "f32"): 1e-5}
 # In float32 a unit within rounding of zero may fall on either side of it.
 FLIPS = {"f64": 0, "f32": 2}
+# Images of the four on which Z and the reference are checked: every number is one image's own.
+TWO = slice(2)
 
 
 class Entry(NamedTuple):
@@ -49,11 +52,6 @@ class Entry(NamedTuple):
     combine: str
     step_size: float
     key: str
-
-    @property
-    def images(self) -> slice:
-        """Long paths are checked on two images: every number is one image's own."""
-        return slice(2 if self.steps > 2 else None)
 
 
 class Parity:
@@ -110,9 +108,7 @@ def each(
     kinds: tuple[str, ...], precisions: tuple[str, ...] = ("f64", "f32"), combines: tuple[str, ...] = tuple(COMBINE)
 ) -> pytest.MarkDecorator:
     cases = [
-        pytest.param(
-            parity, entry, id=f"{parity.name}-{entry.key}", marks=[pytest.mark.slow] if long_path(parity, entry) else []
-        )
+        pytest.param(parity, entry, id=f"{parity.name}-{entry.key}", marks=marks(parity, entry))
         for parity in PARITY
         for entry in parity.entries()
         if entry.kind in kinds and entry.precision in precisions and entry.combine in combines and not chaotic(entry)
@@ -122,10 +118,20 @@ def each(
     )
 
 
-def long_path(parity: Parity, entry: Entry) -> bool:
-    """Seconds each: Z in a deep network in float64 or for several steps. BiT, with few splits, goes the same ways."""
-    deep = len(parity.splits) > 16
-    return deep and entry.kind == "Z" and (entry.precision == "f64" or entry.steps > 1)
+def marks(parity: Parity, entry: Entry) -> list[pytest.MarkDecorator]:
+    """Z in a deep network takes seconds in float64 or for several steps. BiT, with few splits, goes the same ways; of
+    float32 one step and the usual last split are among the quick ones."""
+    if deep(parity) and entry.kind == "Z" and entry.steps > 2:
+        return [pytest.mark.long]
+    if entry.precision == "f64":
+        quick = not deep(parity) or entry.kind != "Z"
+    else:
+        quick = entry.steps == 1 and entry.kind != "Zspec"
+    return [] if quick else [pytest.mark.slow]
+
+
+def deep(parity: Parity) -> bool:
+    return len(parity.splits) > 16
 
 
 def chaotic(entry: Entry) -> bool:
@@ -136,11 +142,11 @@ def chaotic(entry: Entry) -> bool:
     return entry.precision == "f32" and entry.steps == 5 and (entry.combine == "multiply" or entry.kind == "A")
 
 
-each_file = pytest.mark.parametrize(
-    "parity",
-    PARITY or [pytest.param(None, marks=pytest.mark.skip(reason=ABSENT))],
-    ids=lambda p: getattr(p, "name", "none"),
-)
+def each_file(slow: Callable[[Parity], bool] = lambda parity: False) -> pytest.MarkDecorator:
+    cases = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] * slow(p)) for p in PARITY]
+    return pytest.mark.parametrize(
+        "parity", cases or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=ABSENT))]
+    )
 
 
 def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
@@ -149,9 +155,8 @@ def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
     assert error <= relative, f"relative error {error:.1e}, allowed {relative:.0e}"
 
 
-def counts_of(detector: SandI, x: Tensor, parity: Parity, splits: list[str]) -> Tensor:
+def counts_of(densities: dict[str, Tensor], parity: Parity, splits: list[str]) -> Tensor:
     """(B, sum of channels): positions with a non-zero combined gradient, from the densities."""
-    densities = detector.densities(x)
     assert list(densities) == splits
     counts = torch.cat([densities[s] * hw for s, hw in zip(splits, parity["hw"], strict=True)], dim=1)
     assert (counts - counts.round()).abs().max() < 1e-3
@@ -164,7 +169,7 @@ def counts_of(detector: SandI, x: Tensor, parity: Parity, splits: list[str]) -> 
 @each(("Z", "Zspec"))
 def test_sandi_z(parity: Parity, entry: Entry) -> None:
     net, x = parity.at(entry.precision)
-    x, splits = x[entry.images], parity.z_splits(entry)
+    x, splits = x[TWO], parity.z_splits(entry)
     detector = SandI(
         net,
         variant="Z",
@@ -175,11 +180,12 @@ def test_sandi_z(parity: Parity, entry: Entry) -> None:
         ascent=ASCENT[entry.ascent],
     )
     pred, tau = detector(x)
-    assert torch.equal(pred, parity[f"{entry.precision}/logits"].argmax(1)[entry.images])
-    channels = sum(e.shape[1] for e in detector.densities(x).values())
-    assert_close(tau.double() ** 2 / channels, parity[f"{entry.key}/score"][entry.images], SCORE["Z", entry.precision])
+    assert torch.equal(pred, parity[f"{entry.precision}/logits"].argmax(1)[TWO])
+    densities = detector.densities(x)
+    channels = sum(e.shape[1] for e in densities.values())
+    assert_close(tau.double() ** 2 / channels, parity[f"{entry.key}/score"][TWO], SCORE["Z", entry.precision])
     if entry.kind == "Z":
-        differing = (counts_of(detector, x, parity, splits) - parity[f"{entry.key}/count"][entry.images]).abs()
+        differing = (counts_of(densities, parity, splits) - parity[f"{entry.key}/count"][TWO]).abs()
         assert differing.sum() <= FLIPS[entry.precision]
 
 
@@ -204,7 +210,7 @@ def test_sandi_a(parity: Parity, entry: Entry) -> None:
     assert_close(entry.steps * tau.double() ** 2 / densities.shape[1], parity[f"{entry.key}/score"], tolerance)
 
 
-@each_file
+@each_file()
 @pytest.mark.parametrize("precision", DTYPE)
 def test_sandi_with_one_step_is_gaia_z(parity: Parity, precision: str) -> None:
     net, x = parity.at(precision)
@@ -215,7 +221,7 @@ def test_sandi_with_one_step_is_gaia_z(parity: Parity, precision: str) -> None:
     assert_close(tau**2 / densities.shape[1], parity[f"{precision}/gaiaZ/score"], SCORE["Z", precision])
 
 
-@each_file
+@each_file()
 @pytest.mark.parametrize("precision", DTYPE)
 def test_sandi_with_one_step_is_gaia_z_with_the_pooled_feature(parity: Parity, precision: str) -> None:
     key = f"{precision}/gaiaZ_beforehead/score"
@@ -228,7 +234,7 @@ def test_sandi_with_one_step_is_gaia_z_with_the_pooled_feature(parity: Parity, p
     assert_close(detector(x)[1].double() ** 2 / channels, parity[key], SCORE["Z", precision])
 
 
-@each_file
+@each_file()
 @pytest.mark.parametrize("precision", DTYPE)
 def test_sandi_with_one_step_and_all_channels_is_gaia_a(parity: Parity, precision: str) -> None:
     net, x = parity.at(precision)
@@ -238,7 +244,7 @@ def test_sandi_with_one_step_and_all_channels_is_gaia_a(parity: Parity, precisio
     assert_close(detector(x)[1].double() ** 2 / channels, parity[f"{precision}/gaiaA/score"], SCORE["A", precision])
 
 
-@each_file
+@each_file(slow=deep)
 def test_union_is_gaia_z_for_every_step_size_and_number_of_steps(parity: Parity) -> None:
     """An inactive unit has a zero gradient, sign(0) = 0, and never moves."""
     net, x = parity.at("f64")
@@ -253,7 +259,7 @@ def test_union_is_gaia_z_for_every_step_size_and_number_of_steps(parity: Parity)
 @lru_cache(maxsize=64)
 def reference(parity: Parity, kind: str, steps: int, ascent: str, step_size: float) -> Reference:
     net, x = parity.at("f64")
-    x = x[Entry("f64", kind, steps, ascent, "add", step_size, "").images]
+    x = x[TWO]
     splits = {"Z": parity.splits, "Zspec": [f"{parity.splits[-1]}.gn"], "A": parity.splits[:-1]}[kind]
     feature = parity.splits[-1] if kind == "A" else ""
     options = Options(kind[0], steps=steps, step_size=step_size, ascent=ASCENT[ascent], feature=feature)
@@ -265,9 +271,9 @@ def test_reference_z(parity: Parity, entry: Entry) -> None:
     naive = reference(parity, "Z", max(entry.steps, 2), entry.ascent, entry.step_size)
     combine = COMBINE[entry.combine]
     counts = torch.cat([path.counts(combine, entry.steps) for path in naive.paths.values()], dim=1)
-    assert torch.equal(counts, parity[f"{entry.key}/count"][entry.images].long())
+    assert torch.equal(counts, parity[f"{entry.key}/count"][TWO].long())
     score = naive.tau(combine, entry.steps) ** 2 / counts.shape[1]
-    assert_close(score, parity[f"{entry.key}/score"][entry.images], SCORE["Z", "f64"])
+    assert_close(score, parity[f"{entry.key}/score"][TWO], SCORE["Z", "f64"])
 
 
 @each(("Zspec",), ("f64",))
@@ -278,7 +284,7 @@ def test_reference_z_with_the_last_norm_itself(parity: Parity, entry: Entry) -> 
         combine, entry.steps
     )
     densities = torch.cat([inner[split] for split in parity.splits[:-1]] + list(last.values()), dim=1)
-    assert_close(densities.square().mean(1), parity[f"{entry.key}/score"][entry.images], SCORE["Z", "f64"])
+    assert_close(densities.square().mean(1), parity[f"{entry.key}/score"][TWO], SCORE["Z", "f64"])
 
 
 @each(("A",), ("f64",))
@@ -295,13 +301,13 @@ def test_reference_a(parity: Parity, entry: Entry) -> None:
     score = (torch.cat(inner, dim=1) / output).square().mean(1)
     found = {"before_head_grad": before_head, "inner": torch.cat(inner, dim=1).abs(), "output": output, "score": score}
     for field, values in found.items():
-        assert_close(values, parity[f"{entry.key}/{field}"][entry.images], 1e-12)
+        assert_close(values, parity[f"{entry.key}/{field}"][TWO], 1e-12)
     if entry.combine == "add":
         channels = sum(g.shape[1] for g in inner)
         assert_close(entry.steps * naive.tau(steps=entry.steps) ** 2 / channels, score, 1e-12)
 
 
-@each_file
+@each_file(slow=deep)
 def test_reference_first_gradient(parity: Parity) -> None:
     naive = reference(parity, "Z", 2, "CE", 1e-3)
     for number, split in enumerate(parity.splits):
@@ -310,7 +316,7 @@ def test_reference_first_gradient(parity: Parity) -> None:
         assert_close(g[0], parity[f"grad1_img0/{number}"], 2e-6)
 
 
-@each_file
+@each_file()
 def test_networks_are_those_of_the_files(parity: Parity) -> None:
     net, x = parity.at("f64")
     assert_close(net(x), parity["f64/logits"], 1e-13)

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 from openood_sandi.detectors.sandi.losses import LogitsPlan
-from openood_sandi.detectors.sandi.pooling import clearance, may_win, surely_wins
-from openood_sandi.detectors.sandi.readable import Readable
-from openood_sandi.detectors.sandi.rectifiers import Rectifier, _winners
+from openood_sandi.detectors.sandi.pooling import clearance, may_win, surely_wins, winners
+from openood_sandi.detectors.sandi.rectifier import between
+from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
 from openood_sandi.detectors.sandi.ways import ends_of, narrowed
+from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Call, Produced, Site
 from openood_sandi.engine.walk import Observer, Walk
-from tests.detectors.test_bounds import WAYS, with_way
-from tests.detectors.test_shortcut import Made, Plain, images, made
+from tests.helpers.rectified_networks import WAYS, Made, Plain, images, made, with_way
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def look(net: nn.Module, x: Tensor, **options: object) -> tuple[SandI, Readable]:
+def look(net: nn.Module, x: Tensor, **options: object) -> tuple[SandI, RectifiedNetwork]:
     """A detector on ``net`` and what it knows about the network."""
     detector = SandI(net, variant="Z", **options)
     detector.bounds(x)
-    found: list[Any] = detector._network.over(x, detector._z._bounded._readable.at, list)
-    return detector, found[0][1]
+    found: list[Any] = detector._network.over(x, detector._z._readable.at, list)
+    return detector, found[0].known.rectified
 
 
 # ---------------------------------------------------------------------- edges
@@ -46,9 +46,9 @@ def test_an_edge_is_where_iterated_steps_leave_the_range(
     dtype: torch.dtype, step_size: float, bounds: tuple[float, float], i: int
 ) -> None:
     """The bounds that are narrowed sort floats as the steps do one by one, to the last bit on either side."""
-    sure = narrowed(Rectifier(0, bounds, None, 1), i, step_size, dtype)
+    sure = narrowed(bounds, i, step_size, dtype)
     attack = Attack(step_size=step_size)
-    near = torch.tensor([edge for edge in (*bounds, *sure.bounds) if math.isfinite(edge)], dtype=dtype)
+    near = torch.tensor([edge for edge in (*bounds, *sure) if math.isfinite(edge)], dtype=dtype)
     z = torch.cat([near, torch.linspace(bounds[0], min(bounds[1], 9.0), 100, dtype=dtype)])
     for _ in range(3):
         z = torch.cat([z, torch.nextafter(z, z + 1), torch.nextafter(z, z - 1)])
@@ -58,7 +58,7 @@ def test_an_edge_is_where_iterated_steps_leave_the_range(
         lower = attack.advance(lower, z, -torch.ones_like(z))
         upper = attack.advance(upper, z, torch.ones_like(z))
     expected = (lower > bounds[0]) & (upper < bounds[1]) & (z > bounds[0]) & (z < bounds[1])
-    assert torch.equal(sure.mask(z).bool(), expected)
+    assert torch.equal(between(z, sure).bool(), expected)
 
 
 # ---------------------------------------------------------------------- ends
@@ -74,7 +74,7 @@ def test_no_path_leaves_the_ends(dtype: torch.dtype, scale: float) -> None:
         net.c2.bias.sub_(scale)
     x = images(2).to(dtype)
     _, readable = look(net, x)
-    way = next(way for way in readable.ways if way.split.name == "n1")
+    way = next(way for way in readable.ways.values() if way.split.name == "n1")
     generator = torch.Generator().manual_seed(0)
     z = (scale + torch.randn(2, 48, 8, 8, generator=generator)).to(dtype)
     beside = {place: (torch.randn(2, 48, 8, 8, generator=generator) - scale / 2).to(dtype) for place in way.beside}
@@ -110,10 +110,9 @@ def test_ways_start_and_end_where_the_network_s_do(kind: str) -> None:
     walk = Walk(LogitsPlan(detector._network.splits, None, "cross_entropy"), Attack(2))
     detector._network.over(x, lambda part: detector._network.walk(part, walk, Listener()), list)
     assert len(readable.ways) == len(detector.split_names)
-    for way in readable.ways:
+    for way in readable.ways.values():
         entering = way.carry(results[way.position].detach(), {p: results[p].detach() for p in way.beside})
-        low, high = way.rectifier.bounds
-        assert torch.equal(entering.clamp(low, high), results[way.rectifier.position])
+        assert torch.equal(entering.clamp(*way.rectifier.bounds), results[way.rectifier.position])
 
 
 # ---------------------------------------------------------------------- windows
@@ -129,44 +128,45 @@ POOLS = (
 )
 
 
-def pool_call(arguments: tuple[Any, ...]) -> Call:
-    return Call(F.max_pool2d, (Produced(0), *arguments), {}, None, (0,))
+def windows(arguments: tuple[Any, ...], values: Tensor) -> Windows:
+    call = Call(F.max_pool2d, (Produced(0), *arguments), {}, F.max_pool2d(values, *arguments), (0,))
+    return Windows.of_pool(call, values.shape)
 
 
 @pytest.mark.parametrize("arguments", POOLS, ids=str)
 @pytest.mark.parametrize("size", [7, 8])
 def test_who_wins_surely_and_possibly(arguments: tuple[Any, ...], size: int) -> None:
     """Among values between the ends the sure ones always win, the others never, and each possible one once."""
-    pool = pool_call(arguments)
     generator = torch.Generator().manual_seed(size)
     lower = torch.rand(2, 2, size, size, generator=generator, dtype=torch.float64)
+    pool = windows(arguments, lower)
     upper = lower + 0.2 * torch.rand(2, 2, size, size, generator=generator, dtype=torch.float64)
     surely, possibly = surely_wins(lower, upper, pool), may_win(lower, upper, pool)
     assert not bool((surely & ~possibly).any()) and bool(surely.any()) and bool((~possibly).any())
     for _ in range(30):
         values = lower + (upper - lower) * torch.rand(lower.shape, generator=generator, dtype=lower.dtype).round()
-        won = _winners(values, pool)
+        won = winners(values, pool)
         assert bool(won[surely].all()) and not bool(won[~possibly].any())
     for place in (possibly & ~surely).nonzero()[:40]:
         values = lower.clone()
         values[tuple(place)] = upper[tuple(place)]
-        assert bool(_winners(values, pool)[tuple(place)])
+        assert bool(winners(values, pool)[tuple(place)])
         values = upper.clone()
         values[tuple(place)] = lower[tuple(place)]
-        assert not bool(_winners(values, pool)[tuple(place)])
+        assert not bool(winners(values, pool)[tuple(place)])
 
 
 @pytest.mark.parametrize("arguments", POOLS, ids=str)
 def test_clearance_is_what_it_takes_to_lose(arguments: tuple[Any, ...]) -> None:
-    pool = pool_call(arguments)
     values = torch.rand(2, 2, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pool = windows(arguments, values)
     ahead = clearance(values, pool)
-    assert torch.equal(ahead > 0, _winners(values, pool))
+    assert torch.equal(ahead > 0, winners(values, pool))
     for factor, wins in ((0.499, True), (0.501, False)):
         for place in (ahead > 0).nonzero()[:40]:
             changed = values + factor * ahead[tuple(place)]
             changed[tuple(place)] -= 2 * factor * ahead[tuple(place)]
-            assert bool(_winners(changed, pool)[tuple(place)]) == wins
+            assert bool(winners(changed, pool)[tuple(place)]) == wins
 
 
 # ---------------------------------------------------------------------- reach
@@ -204,12 +204,12 @@ def test_no_step_reaches_further_than_its_reach(together: Callable[[Made, Tensor
     net, x = made(lambda: Made(together)), images(3)
     detector, readable = look(net, x, splits=["n0", "n1"], steps=3, step_size=0.05)
     reach = readable.reach
-    assert not reach.unbounded and reach.rectifiers
-    observer = Deviations(frozenset(readable.rectified.rectifiers))
+    assert reach is not None and not reach.unbounded and reach.rectifiers
+    observer = Deviations(frozenset(readable.rectifiers))
     walk = Walk(LogitsPlan(detector._network.splits, None, "cross_entropy"), Attack(3, 0.05))
     detector._network.over(x, lambda part: detector._network.walk(part, walk, observer), list)
     for site, bounds in reach.bounds.items():
-        own = readable.rectified.gates[site]
+        own = readable.ways[site].rectifier.position
         assert {p for p, change in observer.largest[site].items() if change and p != own} <= set(bounds)
         for position, bound in bounds.items():
             assert observer.largest[site][position] <= bound
@@ -221,7 +221,7 @@ def test_what_grows_too_large_is_not_followed() -> None:
     with torch.no_grad():
         net.n1.weight.mul_(1e9)
     _, readable = look(net, x)
-    assert {site.name for site in readable.reach.unbounded} == {"n0"}
+    assert readable.reach is not None and {site.name for site in readable.reach.unbounded} == {"n0"}
     assert not bool(SandI(net, variant="Z").bounds(x).proved.any())
 
 

@@ -31,7 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "A": {"variant": "A"},
     "A, labels": {"variant": "A", "top_over": "labels", "ascent": "max_logit"},
 }
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+NETWORKS = ("InPlaceResidual", "Dense", "Reused", "Grouped")
+#: Every option on two of the networks, every network with half of the options.
+PAIRS = [(name, option) for i, name in enumerate(NETWORKS) for j, option in enumerate(OPTIONS) if (i + j + j // 2) % 2]
 
 
 def densities(detector: SandI, x: Tensor, order: Sequence[int], size: int) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ def ways(count: int) -> dict[str, tuple[list[int], int, dict[str, Any]]]:
     return {
         "one by one": (forwards, 1, {}),
         "three at a time, backwards": (forwards[::-1], 3, {}),
-        "shuffled": (shuffled, 5, {}),
+        "shuffled": (shuffled, 4, {}),
         "little memory": (forwards, count, {"memory_fraction": 1e-9}),
     }
 
@@ -63,12 +65,11 @@ def assert_independent(net: nn.Module, x: Tensor, options: dict[str, Any]) -> No
                 torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12, msg=f"{way}: {name}")
 
 
-@every_option
-@pytest.mark.parametrize("name", ["InPlaceResidual", "Dense", "Reused", "Grouped"])
-def test_exact_in_float64(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name, option", PAIRS)
+def test_exact_in_float64(name: str, option: str) -> None:
     (case,) = (case for case in networks.HANDMADE if case.name == name)
-    x = torch.cat([images(case, seed=seed) for seed in range(3)])
-    assert_independent(build(case), x, options)
+    x = torch.cat([images(case, seed=seed) for seed in range(2)])
+    assert_independent(build(case), x, OPTIONS[option])
 
 
 @functools.cache

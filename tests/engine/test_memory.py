@@ -78,12 +78,14 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 @every_use
-@pytest.mark.slow
-def test_every_allocation_may_fail(options: dict[str, Any], use: Use, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("every", [pytest.param(29, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.long)])
+def test_every_allocation_may_fail(
+    options: dict[str, Any], use: Use, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
     net, x = prepared(Tiny, 8)
     expected = use(SandI(net, **options), x)
     before = surroundings(net, x)
-    for number in range(1, 10_000, 7):
+    for number in range(1, 10_000, every):
         caplog.clear()
         detector = SandI(net, **options)
         with FailsAt(number, torch.cuda.OutOfMemoryError("injected")) as fault:
@@ -101,7 +103,7 @@ def test_every_allocation_may_fail(options: dict[str, Any], use: Use, caplog: py
 def test_whatever_the_failure_is_called(error: Exception) -> None:
     net, x = prepared(Tiny, 8)
     expected = SandI(net, variant="Z", steps=3)(x)
-    for number in range(1, 150, 15):
+    for number in range(1, 150, 30):
         with FailsAt(number, error) as fault:
             assert_equal(SandI(net, variant="Z", steps=3)(x), expected)
         assert fault.reached
@@ -110,7 +112,7 @@ def test_whatever_the_failure_is_called(error: Exception) -> None:
 def test_other_errors_pass_through() -> None:
     net, x = prepared(Tiny, 8)
     expected, raised = SandI(net, variant="Z", steps=3)(x), 0
-    for number in range(1, 300, 15):
+    for number in range(1, 300, 25):
         with FailsAt(number, RuntimeError("something else")):
             try:
                 found = SandI(net, variant="Z", steps=3)(x)

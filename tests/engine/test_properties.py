@@ -17,7 +17,7 @@ from tests.helpers.oracle import Options, Reference
 
 WIDTH = 4
 pytestmark = pytest.mark.slow
-FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Step(nn.Module):

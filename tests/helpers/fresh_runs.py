@@ -1,8 +1,7 @@
 """Runs with a cache in fresh processes, and the world that they score: modules, weights, images and settings on disk.
 
-As a script it has imported torch and nothing of ours, and forks a process for every line of JSON that it is sent
-(:class:`Server`), so that each imports the package, and the network's modules, for the first time, without torch's
-second and a half.
+As a script it has imported torch, and forks a process for every line of JSON that it is sent (:class:`Server`), so that
+each imports the package, and the network's modules, for the first time, without torch's second and a half.
 """
 
 from __future__ import annotations
@@ -97,8 +96,9 @@ def _put(path: Path, content: bytes) -> None:
 class Server:
     """A process that has imported torch, and forks one for each run."""
 
-    def __init__(self, seed: str = "0", package: Path = ROOT) -> None:
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    def __init__(self, seed: str = "0") -> None:
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("PYTHONPATH", None)
         command = [sys.executable, __file__]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -110,7 +110,8 @@ class Server:
             folder: the world.
             cache: of scores.
             settings: of the run, as :data:`SETTINGS`.
-            how: ``first``, modules imported ahead of all others; ``typed``, whether the network's module is typed in
+            how: ``package``, the folder that this package is imported from, by default this checkout; ``first``,
+                modules imported ahead of all others; ``typed``, whether the network's module is typed in
                 ``__main__``, as in a notebook; ``kill``, after how many batches the process is killed.
 
         Returns:
@@ -159,7 +160,9 @@ def _run(folder: str, cache: str, settings: dict[str, Any], how: dict[str, Any])
     """In the forked process."""
     import torch
 
-    sys.path.insert(0, f"{folder}/modules")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openood_sandi"]:
+        del sys.modules[name]  # an installed one's start-up file has imported it
+    sys.path[:0] = [f"{folder}/modules", how.get("package", str(ROOT))]
     for name in how.get("first", ()):
         importlib.import_module(name)
     net, data, collate = _made(folder, how.get("typed", False))

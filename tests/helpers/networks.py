@@ -238,13 +238,22 @@ HANDMADE += [Case("Plain", Plain, 16, "relu2", ("conv1", "conv2"))]
 
 ALL = [*HANDMADE, *OPENOOD, *TORCHVISION]
 
-#: Those that take seconds against a reference.
+#: Those that take seconds against a reference, and of these the ones whose kind another is of.
 SLOW = {
-    *("alexnet", "bit", "googlenet", "inception_v3", "maxvit", "mnasnet", "mobilenet_v3_small", "resnet18_224x224"),
-    *("resnet18_32x32", "resnet50", "resnext", "shufflenet_v2_x0_5", "swin_v2"),
+    *("alexnet", "bit", "convnext", "efficientnet", "googlenet", "maxvit", "mobilenet_v3_small", "regnet_y_16gf"),
+    *("resnet18_32x32", "resnet50", "shufflenet_v2_x0_5", "swin_t"),
 }
+LONG = {"inception_v3", "mnasnet", "resnet18_224x224", "resnext", "swin_v2"}
+
+
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    """Of a test that compares the network with a reference."""
+    return [pytest.mark.slow] * (case.name in SLOW) + [pytest.mark.long] * (case.name in LONG)
+
+
 #: Each network, for a test's parameter ``case``.
 each = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in ALL],
+    [pytest.param(case, id=case.name, marks=marks(case)) for case in ALL],
+    scope="module",
 )

@@ -123,7 +123,13 @@ def scored(scorer: Callable[[Tensor], tuple[Tensor, Tensor]], data: Suite) -> li
     return found
 
 
-@pytest.mark.parametrize("name", list(BASELINES))
+#: Those that are fitted take seconds each; KNN stays among the quick ones.
+FITTED = {"vim", "fdbd", "nci"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in FITTED else []) for name in BASELINES]
+)
 def test_same_bits_as_the_evaluator(world: SimpleNamespace, name: str) -> None:
     evaluation = evaluator(world, name)
     expected = own_inference(evaluation)

@@ -100,7 +100,7 @@ def test_real_images_are_openoods_bit_for_bit(checkout: Path, data: str, network
         same_images(images.dataset, theirs, 20)
 
 
-@pytest.mark.parametrize("name", ["wrn40-2", "bit-s-r101x1"])
+@pytest.mark.parametrize("name", ["wrn40-2", pytest.param("bit-s-r101x1", marks=pytest.mark.slow)])
 def test_the_papers_networks_are_openoods(checkout: Path, name: str) -> None:
     from openood.networks.bit import KNOWN_MODELS
     from openood.networks.wrn import WideResNet

@@ -3,10 +3,11 @@ unchanged, in whatever process, always a hit."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,28 +117,46 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "world")
 
 
-def fuzz(world: World, server: Server, count: int) -> int:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Server]:
+    """Another process, with another seed of hashes."""
+    with Server("1") as server:
+        yield server
+
+
+def copied(folder: Path) -> Path:
+    """A folder with a copy of this package."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "openood_sandi", folder / "openood_sandi", ignore=ignored)
+    return folder
+
+
+def fuzz(world: World, server: Server, count: int, package: Path = ROOT) -> int:
     """How many of the random changes changed scores; none may be missed."""
     rng = random.Random(0)
     before, cache, effective = None, world.folder.parent / "cache", 0
     for number in range(count):
         told = world.change(rng) if number else "nothing"
-        found = server.run(world.folder, cache, world.settings)
+        found = server.run(world.folder, cache, world.settings, package=str(package))
         assert found["scores"] == found["plain"], f"change {number}, {told}: stale scores"
         effective += found["plain"] != before
         before = found["plain"]
     return effective
 
 
-def test_a_few_changes(world: World) -> None:
-    with Server() as server:
-        assert fuzz(world, server, 4) > 1
+def test_a_few_changes(world: World, server: Server) -> None:
+    assert fuzz(world, server, 4) > 1
 
 
 @pytest.mark.long
-def test_a_hundred_changes_each_in_a_fresh_process(world: World) -> None:
-    with Server() as server:
-        assert fuzz(world, server, 101) > 50, "changes that change nothing prove nothing"
+def test_a_hundred_changes_each_in_a_fresh_process(world: World, server: Server) -> None:
+    assert fuzz(world, server, 101) > 50, "changes that change nothing prove nothing"
 
 
 def ways(rng: random.Random, folder: Path) -> Iterator[dict[str, Any]]:
@@ -150,51 +169,56 @@ def ways(rng: random.Random, folder: Path) -> Iterator[dict[str, Any]]:
         yield {"folder": rng.choice([folder, elsewhere]), "first": first, "typed": rng.random() < 0.5}
 
 
-def hits(world: World, servers: int, runs: int) -> list[bool]:
+def hits(world: World, server: Server, others: Iterable[Server], runs: int) -> list[bool]:
     """Whether runs of other processes, of an unchanged world, score nothing."""
     rng, cache = random.Random(0), world.folder.parent / "cache"
-    package = world.folder.parent / "checkout"
-    shutil.copytree(ROOT / "openood_sandi", package / "openood_sandi", ignore=shutil.ignore_patterns("__pycache__"))
-    with Server() as server:
-        first = [server.run(world.folder, cache, typed=typed) for typed in (False, True)]
+    packages = itertools.cycle(map(str, (copied(world.folder.parent / "checkout"), ROOT)))
+    first = [server.run(world.folder, cache, typed=typed) for typed in (False, True)]
     assert [run["scored"] for run in first] == [BATCHES] * 2
     found = []
-    for seed in range(1, servers + 1):
-        with Server(str(seed), package if seed % 2 else ROOT) as server:
-            for _, way in zip(range(runs), ways(rng, world.folder), strict=False):
-                again = server.run(cache=cache, **way)
-                assert again["scores"] == again["plain"] == first[0]["plain"]
-                found.append(again["scored"] == 0)
+    for other in others:
+        for package, _, way in zip(packages, range(runs), ways(rng, world.folder), strict=False):
+            again = other.run(cache=cache, package=package, **way)
+            assert again["scores"] == again["plain"] == first[0]["plain"]
+            found.append(again["scored"] == 0)
     return found
 
 
-def test_a_few_other_processes_score_nothing(world: World) -> None:
-    assert hits(world, 1, 3) == [True] * 3
+def test_a_few_other_processes_score_nothing(world: World, server: Server, other: Server) -> None:
+    assert hits(world, server, [other], 3) == [True] * 3
+
+
+def seeded(count: int) -> Iterator[Server]:
+    """Processes with seeds of hashes of their own, one after the other."""
+    for seed in range(1, count + 1):
+        with Server(str(seed)) as server:
+            yield server
 
 
 @pytest.mark.long
-def test_a_hundred_other_processes_score_nothing(world: World) -> None:
-    assert hits(world, 10, 10) == [True] * 100
+def test_a_hundred_other_processes_score_nothing(world: World, server: Server) -> None:
+    assert hits(world, server, seeded(10), 10) == [True] * 100
 
 
-def test_a_killed_process_leaves_what_it_has_scored(world: World, tmp_path: Path) -> None:
-    with Server("1") as one, Server("2") as other:
-        for kill in range(2, BATCHES + 1):
-            cache = tmp_path / f"cache{kill}"
-            assert one.run(world.folder, cache, kill=kill) == {}
-            resumed = other.run(world.folder, cache)
-            assert resumed["scores"] == resumed["plain"]
-            # what the batch before it gave was on disk; the first one is shown again
-            assert resumed["scored"] == BATCHES - kill + 2
+def test_a_killed_process_leaves_what_it_has_scored(
+    world: World, tmp_path: Path, server: Server, other: Server
+) -> None:
+    for kill in range(2, BATCHES + 1):
+        cache = tmp_path / f"cache{kill}"
+        assert server.run(world.folder, cache, kill=kill) == {}
+        resumed = other.run(world.folder, cache)
+        assert resumed["scores"] == resumed["plain"]
+        # what the batch before it gave was on disk; the first one is shown again
+        assert resumed["scored"] == BATCHES - kill + 2
 
 
-def test_the_fuzz_sees_a_stale_hit(world: World, tmp_path: Path) -> None:
+def test_the_fuzz_sees_a_stale_hit(world: World, tmp_path: Path, server: Server) -> None:
     """With a package whose keys forget the network's code."""
-    package = tmp_path / "broken"
-    shutil.copytree(ROOT / "openood_sandi", package / "openood_sandi", ignore=shutil.ignore_patterns("__pycache__"))
+    package = copied(tmp_path / "broken")
     keys = package / "openood_sandi/runs/keys.py"
     text = keys.read_text()
-    assert "return digest(net, settings.global_hooks())" in text
-    keys.write_text(text.replace("return digest(net, settings.global_hooks())", "return digest(net.state_dict())"))
-    with Server(package=package) as server, pytest.raises(AssertionError, match="stale"):
-        fuzz(world, server, 12)
+    whole = "return digest(net, settings.global_hooks(), replaced.functions())"
+    assert whole in text
+    keys.write_text(text.replace(whole, "return digest(net.state_dict())"))
+    with pytest.raises(AssertionError, match="stale"):
+        fuzz(world, server, 12, package)

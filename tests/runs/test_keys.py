@@ -94,6 +94,7 @@ def test_objects_are_told_apart_by_what_is_in_them() -> None:
     assert same != keys.state({"p": Preprocessor(names=("a", "b"))})
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same() -> None:
     code = (
         "from openood_sandi.runs import keys\nfrom tests.runs.test_keys import Preprocessor, runs\n"

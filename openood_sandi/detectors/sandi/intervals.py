@@ -17,21 +17,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openood_sandi.detectors.sandi.densities import NonZeroDensity, count, shares
 from openood_sandi.detectors.sandi.reach import Margins
-from openood_sandi.detectors.sandi.readable import Readable
+from openood_sandi.detectors.sandi.readings import Reading
+from openood_sandi.detectors.sandi.rectifier import between
+from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
 from openood_sandi.detectors.sandi.ways import Way, ends_of, narrowed
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Site
 from openood_sandi.engine.split_point import Split
-from openood_sandi.engine.walk import Observer
 
-__all__ = ["IntervalDensity"]
+__all__ = ["IntervalReading"]
 
 
 @dataclass(frozen=True)
@@ -51,62 +51,57 @@ class _Steps:
         return cls(last, none, 0, 1) if combine == "intersection" else cls(none, last, 1, 0)
 
 
-class IntervalDensity(Observer):
-    """Both ends of E, of a forward pass that it listens to.
+class IntervalReading(Reading):
+    """Both ends of E.
 
     Args:
+        rectified: the network's rectifiers, by which it ``is_bounded``.
         splits: the split points.
-        readable: what is known about the network, by which it ``is_bounded``.
         attack: T and eta.
         combine: how Eq. 11 goes over the gradients.
     """
 
     only_listens = True
 
-    def __init__(self, splits: Sequence[Split], readable: Readable, attack: Attack, combine: str) -> None:
-        self._splits, self._rectified, self._attack = splits, readable.rectified, attack
-        self._count_over = combine == "count"
-        self._steps = _Steps.of(combine, attack.steps)
-        self.lost = False
-        """Whether the network makes other calls than those that the rectifiers were found in."""
+    def __init__(self, rectified: RectifiedNetwork, splits: Sequence[Split], attack: Attack, combine: str) -> None:
+        super().__init__(rectified)
+        self._attack, self._steps = attack, _Steps.of(combine, attack.steps)
+        self._times = attack.steps if combine == "count" else 1
         self._first = NonZeroDensity(splits, 1, "count")
-        self._margins = None if readable.reach.unbounded else Margins(readable.reach, readable.rectified)
+        is_reached = rectified.reach is not None and not rectified.reach.unbounded
+        self._margins = Margins(rectified.reach) if is_reached and rectified.reach else None
         self._sure: dict[Site, Tensor] = {}
         self._possible: dict[Site, Tensor] = {}
         self._at: dict[int, list[Site]] = defaultdict(list)
-        self._tails = {self._rectified.places[site]: site for site in self._rectified.tails}
+        """Splits by the positions of their rectifiers; ways by those where all is known that they take."""
         self._due: dict[int, list[Way]] = defaultdict(list)
         self._wanted: dict[int, int] = {}
         """Positions of results that ways start from or take, and until which position."""
         self._copied: set[int] = set()
         self._kept: dict[int, Tensor] = {}
-        for way in readable.ways:
-            self._at[way.rectifier.position].append(way.split.site)
+        for site, way in rectified.ways.items():
+            self._at[way.rectifier.position].append(site)
             self._due[way.known_at if way.calls else way.rectifier.position].append(way)
             for position in (way.position, *way.beside) if way.calls else ():
                 self._wanted[position] = max(self._wanted.get(position, 0), way.known_at)
                 if not way.is_kept:  # the network may write over it before
                     self._copied.add(position)
 
-    def call(self, position: int, name: str, result: Any) -> None:
-        self.lost = self.lost or self._rectified.call_names[position : position + 1] != (name,)
-        if self.lost or not isinstance(result, Tensor):
-            return
-        result = result.detach()
+    def read(self, position: int, result: Tensor) -> None:
         if self._margins is not None:
             self._margins.call(position, result)
         if position in self._wanted:
             self._kept[position] = result.clone() if position in self._copied else result
         if position in self._at:
-            mask = self._rectified.rectifiers[position].open_(result)
+            mask = self.rectified.rectifiers[position].mask(result)
             for site in self._at[position]:
                 self._first.pattern(site, mask)
-        if position in self._tails:
-            self._first.pattern(self._tails[position], torch.ones_like(result, dtype=torch.bool))
+        for site in self.rectified.tails:
+            if self.rectified.places[site] == position:
+                self._first.pattern(site, torch.ones_like(result, dtype=torch.bool))
         for way in self._due.get(position, ()):
             if way.calls or way.rectifier.pool is not None:
-                start = self._kept[way.position] if way.calls else result
-                self._count_ends(way, start)
+                self._count_ends(way, self._kept[way.position] if way.calls else result)
             else:
                 self._count_directly(way, result)
         if position in self._due:
@@ -115,8 +110,8 @@ class IntervalDensity(Observer):
     def _count_directly(self, way: Way, result: Tensor) -> None:
         """Counts what is sure at a split that feeds its rectifier as it is."""
         for i in self._steps.sure:
-            mask = narrowed(way.rectifier, i, self._attack.step_size, result.dtype).mask(result)
-            self._add(self._sure, way, slice(None), len(result), mask)
+            bounds = narrowed(way.rectifier.bounds, i, self._attack.step_size, result.dtype)
+            self._add(self._sure, way, slice(None), len(result), between(result, bounds))
 
     def _count_ends(self, way: Way, start: Tensor) -> None:
         """Counts what is sure, and possible, at the end of a way."""
@@ -136,12 +131,9 @@ class IntervalDensity(Observer):
 
     def densities(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """{split name: E (B, K)} at the lower and at the upper end."""
-        first = self._first.counts()
-        times = self._attack.steps if self._count_over else 1
-        of = {site: times * size for site, size in self._first.sizes.items()}
+        steps, of = self._steps, {site: self._times * size for site, size in self._first.sizes.items()}
         low, high = {}, {}
-        steps = self._steps
-        for site, on in first.items():
+        for site, on in self._first.counts().items():
             # where nothing else was counted, all that is on stays on, and what is off stays off
             low[site] = steps.first_in_low * on + self._sure.get(site, len(steps.sure) * on)
             high[site] = steps.first_in_high * on + self._possible.get(site, len(steps.possible) * on)
@@ -153,8 +145,6 @@ class IntervalDensity(Observer):
 
     def proved(self, logits: Tensor) -> Tensor:
         """(B,): the images of which the lower end is a bound, from their logits (B, classes)."""
-        alive = None if self._margins is None else self._margins.proved_everywhere()
-        rows = self._rectified.open_rows
-        if alive is None or rows is None:
+        if self._margins is None:
             return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        return alive & rows.all()  # of any class, as a step may change it
+        return torch.stack(list(self._margins.proved().values())).all(0)

@@ -1,15 +1,18 @@
-"""What each kind of call hands back of its gradient's pattern: which places of its operands its result was made of."""
+"""What each kind of call hands back of where its gradient is not zero: of what places of its operands it was made."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Pattern, Where, everywhere_as_none, union
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Where, everywhere_as_none, union
 from openood_sandi.detectors.sandi.call_graph import (
+    VIEWS,
     CallGraph,
     UnreadableError,
     argument,
@@ -23,7 +26,6 @@ from openood_sandi.engine.recorded import Call, Produced
 __all__ = ["backward_graph"]
 
 _CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
-_TO_ALL_CHANNELS = frozenset(("conv2d", "linear"))
 
 
 def backward_graph(graph: CallGraph, rectifiers: frozenset[int], first: int) -> BackwardGraph:
@@ -45,7 +47,7 @@ def backward_graph(graph: CallGraph, rectifiers: frozenset[int], first: int) -> 
             if producer >= first:
                 links.setdefault(producer, []).append((position, link))
     for uses in links.values():
-        uses.sort(key=lambda use: graph.calls[use[0]].name not in _TO_ALL_CHANNELS)
+        uses.sort(key=lambda use: not use[1].spreads)
     return BackwardGraph(graph.output, {position: links[position] for position in sorted(links, reverse=True)})
 
 
@@ -53,28 +55,38 @@ def _links(graph: CallGraph, position: int, is_rectifier: bool) -> Iterator[tupl
     """The operands of a call that depend on the images, and the link to each."""
     call = graph.calls[position]
     if is_sum(graph, position):
-        yield from ((producer, _unchanged) for producer in call.producers)
+        yield from ((producer, _UNCHANGED) for producer in call.producers)
     elif call.name in _CONCATENATIONS:
         yield from _concatenation(graph, call)
     elif len(call.producers) != 1 or not (is_rectifier or call.name in _LINKS):
         raise UnreadableError
     else:
         before = call.producers[0]
-        yield before, _unchanged if is_rectifier else _LINKS[call.name](call, graph.shape(before))
+        yield before, _UNCHANGED if is_rectifier else _LINKS[call.name](call, graph.shape(before))
 
 
-def _unchanged(pattern: Pattern) -> Pattern:
-    return pattern
+_UNCHANGED = Link(lambda where: where)
 
 
-def _each(change: Callable[[Tensor], Where]) -> Link:
-    """The link that changes both maps of a pattern where they are not True everywhere."""
-    return lambda pattern: pattern.each(lambda where: None if where is None else change(where))
+def _unless_everywhere(change: Callable[[Tensor], Where]) -> Callable[[Where], Where]:
+    """The ``change`` of a map that leaves what is True everywhere so."""
+    return lambda where: None if where is None else change(where)
 
 
-def _each_filled(change: Callable[[Tensor], Where], behind: Tensor) -> Link:
-    """The link that changes both maps of a pattern after they were given all positions of the result ``behind``."""
-    return lambda pattern: pattern.each(lambda where: change(_filled(where, behind)))
+def _of_all_positions(change: Callable[[Tensor], Where], behind: Tensor) -> Callable[[Where], Where]:
+    """The ``change`` of a map after it was given all positions of the result ``behind``."""
+    return lambda where: change(_filled(where, behind))
+
+
+def _uncounted_unless(channels_are_kept: bool) -> float:
+    """:attr:`Link.zeros` of a call that leaves out no channel, or may leave out all that are open."""
+    return 0 if channels_are_kept else math.inf
+
+
+def _mixing(nonzero: Tensor) -> dict[str, Any]:
+    """:attr:`Link.zeros` and ``spreads`` of a layer that reads all channels, by its weights (outputs, inputs, ...)."""
+    reads_all = bool(nonzero.any(0).all())
+    return {"zeros": int((~nonzero).sum(0).max()), "spreads": True} if reads_all else {"zeros": math.inf}
 
 
 def _form(tensor: Tensor) -> Tensor:
@@ -117,7 +129,8 @@ def _convolution(call: Call, given: Size) -> Link:
             return found
         return union(found, windows.through_weights(where, unclear.any(1), by_group))
 
-    return _each_filled(with_zeros if zeros else without_zeros, _form(call.result))
+    counted = _mixing(nonzero) if groups == 1 else {"zeros": math.inf}
+    return Link(_of_all_positions(with_zeros if zeros else without_zeros, _form(call.result)), **counted)
 
 
 def _any(parts: Tensor) -> Tensor:
@@ -143,8 +156,8 @@ def _of_all_channels(where: Tensor, channels: int) -> Tensor:
 def _linear(call: Call, given: Size) -> Link:
     if call.result.dim() != 2:
         raise UnreadableError
-    through = _through_matrix((weight_of(call) != 0).detach())
-    return lambda pattern: pattern.each(through)
+    nonzero = (weight_of(call) != 0).detach()
+    return Link(_through_matrix(nonzero), **_mixing(nonzero))
 
 
 def _through_matrix(nonzero: Tensor) -> Callable[[Where], Where]:
@@ -171,19 +184,20 @@ def _normalisation(call: Call, given: Size) -> Link:
         raise UnreadableError
     scale = argument(call, 3, "weight", None)
     if not isinstance(scale, Tensor) or bool((scale != 0).all()):
-        return _unchanged
+        return _UNCHANGED
     kept = (scale != 0).detach().view(1, -1, *[1] * (len(given) - 2))
-    return lambda pattern: pattern.each(lambda where: kept if where is None else where & kept)
+    dead = int((~kept).sum())
+    return Link(lambda where: kept if where is None else where & kept, zeros=dead)
 
 
 def _dropout(call: Call, given: Size) -> Link:
     if argument(call, 2, "training", True) is not False:
         raise UnreadableError
-    return _unchanged
+    return _UNCHANGED
 
 
 def _average_pool(call: Call, given: Size) -> Link:
-    return _each_filled(Windows.of_pool(call, given), _form(call.result))
+    return Link(_of_all_positions(Windows.of_pool(call, given), _form(call.result)))
 
 
 def _max_pool(call: Call, given: Size) -> Link:
@@ -200,9 +214,7 @@ def _max_pool(call: Call, given: Size) -> Link:
     def some_window(where: Where) -> Where:
         return None if where is None else windows(_filled(where, behind))
 
-    if windows.are_apart:
-        return lambda pattern: pattern.each(some_window)
-    return lambda pattern: Pattern(every_window(pattern.surely), some_window(pattern.possibly))
+    return Link(some_window) if windows.are_apart else Link(every_window, possibly=some_window)
 
 
 def _adaptive_pool(call: Call, given: Size) -> Link:
@@ -218,7 +230,7 @@ def _adaptive_pool(call: Call, given: Size) -> Link:
             where = out
         return everywhere_as_none(where)
 
-    return _each_filled(change, behind) if behind.shape[2:].numel() > 1 else _unchanged
+    return Link(_of_all_positions(change, behind)) if behind.shape[2:].numel() > 1 else _UNCHANGED
 
 
 def _mean(call: Call, given: Size) -> Link:
@@ -226,16 +238,16 @@ def _mean(call: Call, given: Size) -> Link:
     dims = (dims,) if isinstance(dims, int) else dims
     if not dims or not all(isinstance(dim, int) and dim % len(given) > 0 for dim in dims):
         raise UnreadableError
-    gone = sorted(dim % len(given) for dim in dims)
-    if call.result.dim() == len(given):
-        return _unchanged
-    return _each(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where))
+    gone = sorted(dim % len(given) for dim in dims) if call.result.dim() < len(given) else []
+    zeros = _uncounted_unless(all(dim % len(given) != 1 for dim in dims))
+    change = _unless_everywhere(lambda where: reduce(lambda before, dim: before.unsqueeze(dim), gone, where))
+    return Link(change, zeros=zeros)
 
 
 def _view(call: Call, given: Size) -> Link:
     behind = call.result.shape
     if behind == given:
-        return _unchanged
+        return _UNCHANGED
     if behind.numel() != given.numel() or behind[0] != given[0]:
         raise UnreadableError
 
@@ -244,7 +256,7 @@ def _view(call: Call, given: Size) -> Link:
             return where.view(-1, *[1] * (len(given) - 1))
         return where.expand(-1, *behind[1:]).reshape(-1, *given[1:])
 
-    return _each(change)
+    return Link(_unless_everywhere(change), zeros=_uncounted_unless(behind[:2] == given[:2]))
 
 
 def _padding(call: Call, given: Size) -> Link:
@@ -258,7 +270,7 @@ def _padding(call: Call, given: Size) -> Link:
             where = where if where.shape[dim] == 1 else where.narrow(dim, amount, given[dim])
         return everywhere_as_none(where.contiguous())
 
-    return _each(change)
+    return Link(_unless_everywhere(change), zeros=_uncounted_unless(call.result.shape[1] == given[1]))
 
 
 def _slices(call: Call, given: Size) -> Link:
@@ -276,7 +288,7 @@ def _slices(call: Call, given: Size) -> Link:
         out[tuple(index[dim] if dim in taken else slice(None) for dim in range(behind.dim()))] = where
         return everywhere_as_none(out)
 
-    return lambda pattern: pattern.each(change) if taken else pattern
+    return Link(change, zeros=_uncounted_unless(1 not in taken)) if taken else _UNCHANGED
 
 
 def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
@@ -288,7 +300,8 @@ def _concatenation(graph: CallGraph, call: Call) -> Iterator[tuple[int, Link]]:
     for part in parts:
         shape = graph.shape(part.by) if isinstance(part, Produced) else part.shape  # type: ignore[attr-defined]
         if isinstance(part, Produced):
-            yield part.by, _each(_part(dim, start, shape[dim]))
+            change = _unless_everywhere(_part(dim, start, shape[dim]))
+            yield part.by, Link(change, zeros=_uncounted_unless(dim != 1))
         start += shape[dim]
 
 
@@ -310,5 +323,5 @@ _LINKS: dict[str, Callable[[Call, Size], Link]] = {
     "mean": _mean,
     "pad": _padding,
     "__getitem__": _slices,
-    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone"), _view),
+    **dict.fromkeys(VIEWS, _view),
 }

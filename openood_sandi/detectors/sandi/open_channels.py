@@ -1,146 +1,74 @@
 """When counts of open channels alone prove that every gradient behind a rectifier arrives: along a path as well.
 
-In a network of ungrouped convolutions, batch norms, additions, rectifiers, pools and linear layers, every position
-hands its gradient on to every channel before it, if at every rectifier behind it more channels are open at each
-position than there are output channels with a zero weight, windows leave no position out, and the predicted class's
-row of the last layer is nowhere zero. Here is what weights and shapes say of that. It asks for more than the maps of
+A layer that mixes channels hands its gradient on to every channel before it if more channels are open at each position
+than there are zeros among the weights of any one input. So if that holds at every rectifier, windows leave no position
+out and the last layer has no weight of zero, then every position of every rectifier's result has a gradient. Here is
+what weights and shapes, as :class:`.alive.Link` has them, say of that. It asks for more than the maps of
 :mod:`.alive`, and it can be asked of every replay of a suffix.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+from functools import reduce
+
 import torch
-from torch import Tensor
 
-from openood_sandi.detectors.sandi.call_graph import (
-    CallGraph,
-    UnreadableError,
-    argument,
-    is_normalisation,
-    is_sum,
-    weight_of,
-)
-from openood_sandi.detectors.sandi.windows import Windows
-from openood_sandi.engine.recorded import Call
+from openood_sandi.detectors.sandi.alive import BackwardGraph, Where
 
-__all__ = ["POOLS", "VIEWS", "OpenChannels", "dead_channels"]
-
-POOLS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean"))
-VIEWS = frozenset(("flatten", "view", "reshape"))
+__all__ = ["needed_channels"]
 
 
-class OpenChannels:
-    """What counts of open channels say in a network.
+def needed_channels(graph: BackwardGraph, rectifiers: Collection[int], tails: Collection[int]) -> dict[int, int] | None:
+    """For each of the ``rectifiers`` how many channels must be open at each position of its result.
 
     Args:
-        graph: its calls.
-        rectifiers: the positions of those among them.
+        graph: the ways of gradients back.
+        rectifiers: their positions.
+        tails: positions of other results that are to have gradients everywhere.
 
-    Raises:
-        UnreadableError: they say nothing: a call is of another kind than those named at the top, or leaves some of its
-            input out.
+    Returns:
+        None where no number of channels proves that the results of all of these have.
     """
-
-    def __init__(self, graph: CallGraph, rectifiers: frozenset[int]) -> None:
-        self._graph, self._rectifiers = graph, rectifiers
-        self.calls, self.consumers = graph.calls, graph.consumers
-        for position, call in graph:
-            is_map = isinstance(call.result, Tensor)
-            if not (is_map and self._is_covered(position) and self._is_known(position, call)):
-                raise UnreadableError
-        self.needed = {position: 1 + self._zero_weights(self.calls[position].producers[0]) for position in rectifiers}
-        """For each rectifier how many channels must be open at a position for it to hand on gradients for certain."""
-
-    def open_rows(self) -> Tensor:
-        """(classes,): whether the row of the last layer is nowhere zero."""
-        position = self._graph.output
-        while position >= 0 and self.calls[position].name in (*POOLS, *VIEWS):
-            position = self.calls[position].producers[0]
-        if position < 0 or self.calls[position].name not in ("linear", "conv2d"):
-            raise UnreadableError
-        rows = (weight_of(self.calls[position]) != 0).flatten(1).all(1)
-        if self.calls[self._graph.output].result.shape[1:] != rows.shape:
-            raise UnreadableError
-        return rows
-
-    def _is_known(self, position: int, call: Call) -> bool:
-        if position in self._rectifiers:
-            return self._spreads(position)
-        if is_normalisation(call) or is_sum(self._graph, position):
-            return True
-        return self._is_linear(call) or self._is_pool(position)
-
-    def _is_linear(self, call: Call) -> bool:
-        if call.name in ("linear", "conv2d") and bool((weight_of(call) == 0).all(0).any()):
-            return False  # some input is not read at all
-        return call.name == "linear" or (call.name == "conv2d" and argument(call, 6, "groups", 1) == 1)
-
-    def _is_pool(self, position: int) -> bool:
-        call = self.calls[position]
-        if call.name == "mean":  # :mod:`.links` has seen that it keeps images apart
-            before = self._graph.shape(call.producers[0])
-            dims = argument(call, 1, "dim", None)
-            return all(dim % len(before) > 1 for dim in ((dims,) if isinstance(dims, int) else dims))
-        if call.name in ("pad", "__getitem__"):
-            return bool(call.result.dim() == 4)
-        return call.name in ("avg_pool2d", "adaptive_avg_pool2d", "max_pool2d") or self._is_view_of_positions(position)
-
-    def _is_view_of_positions(self, position: int) -> bool:
-        """Whether a view keeps images and channels apart, or is for linear layers alone, which read all there is."""
-        call, behind = self.calls[position], self.consumers[position]
-        if call.name not in VIEWS:
-            return False
-        kept = self._graph.shape(call.producers[0])[:2] == call.result.shape[:2]
-        return kept or (bool(behind) and all(self.calls[p].name == "linear" for p in behind))
-
-    def _spreads(self, position: int) -> bool:
-        """Whether a layer that mixes channels reads all of the call's result, before another rectifier does."""
-        for behind in self.consumers[position]:
-            if self._is_linear(self.calls[behind]):
-                return True
-            if behind not in self._rectifiers and not dead_channels(self.calls[behind]) and self._spreads(behind):
-                return True
-        return False
-
-    def _zero_weights(self, position: int) -> int:
-        """In how many output channels, at most, an input of the layers before has a zero weight."""
-        if position < 0:
-            return 0
-        call = self.calls[position]
-        if call.name in ("linear", "conv2d"):
-            return int((weight_of(call) == 0).sum(0).max())
-        if position in self._rectifiers or call.name == "max_pool2d":
-            return 0
-        return dead_channels(call) + sum(self._zero_weights(producer) for producer in call.producers)
-
-    def _is_covered(self, position: int) -> bool:
-        """Whether every position of the call's result lies in some window of the calls that use it."""
-        result, behind = self.calls[position].result, self.consumers[position]
-        if result.dim() != 4 or not behind:
-            return True
-        partly = [self.calls[p] for p in behind if self.calls[p].name in ("conv2d", "avg_pool2d", "__getitem__")]
-        if len(partly) < len(behind):
-            return True
-        covered = torch.zeros(1, 1, *result.shape[2:], dtype=torch.bool)
-        for call in partly:
-            if call.name != "__getitem__":
-                covered |= _window(call, result)
-        return bool(covered.all())
+    full: set[int] = set()
+    """Positions of results that have gradients everywhere if so many are open; those of ``open_`` in enough channels
+    of each position."""
+    open_ = {graph.output}
+    for position, links in graph.links.items():
+        everywhere = [
+            link.back(None)
+            for user, link in links
+            if (user in full and user not in rectifiers) or (link.spreads and user in full | open_)
+        ]
+        kept = [link for user, link in links if user in open_.union(rectifiers) and link.zeros < math.inf]
+        if _are_everywhere(everywhere):
+            full.add(position)
+        elif _are_everywhere([_in_any_channel(link.back(None)) for link in kept]):
+            open_.add(position)
+    zeros = _zeros(graph, rectifiers)
+    # one of the logits has a gradient, and no more
+    if zeros.get(graph.output, 0) > 0 or not full.issuperset((*rectifiers, *tails)):
+        return None
+    return {position: 1 + zeros.get(position, 0) for position in rectifiers}
 
 
-def dead_channels(call: Call) -> int:
-    """How many channels a batch norm multiplies by zero; none for other calls."""
-    scale = argument(call, 3, "weight", None) if call.name == "batch_norm" else None
-    return int((scale == 0).sum()) if isinstance(scale, Tensor) else 0
+def _zeros(graph: BackwardGraph, rectifiers: Collection[int]) -> dict[int, int]:
+    """By position, :attr:`.alive.Link.zeros` from there back to the last layers that mix channels, at most."""
+    zeros: dict[int, int] = {}
+    for position in sorted(graph.links):
+        for user, link in graph.links[position]:
+            before = 0 if link.spreads else None if position in rectifiers else zeros.get(position)
+            if before is not None and link.zeros < math.inf:
+                zeros[user] = max(zeros.get(user, 0), before + int(link.zeros))
+    return zeros
 
 
-def _window(call: Call, given: Tensor) -> Tensor:
-    """Which positions (1, 1, H, W) of its input a convolution or an average pool reads."""
-    is_pool = call.name == "avg_pool2d"
-    windows = (
-        Windows.of_pool(call, given.shape)
-        if is_pool
-        else Windows.of_convolution(call, given.shape, weight_of(call).shape[2:])
-    )
-    found = windows(torch.ones(1, 1, *call.result.shape[2:], dtype=torch.bool))
-    return torch.ones(1, 1, *given.shape[2:], dtype=torch.bool) if found is None else found
+def _in_any_channel(where: Where) -> Where:
+    return None if where is None else where.any(1, keepdim=True)
+
+
+def _are_everywhere(maps: list[Where]) -> bool:
+    """Whether there are some, and at least one is True at each place."""
+    known = [where for where in maps if where is not None]
+    return len(known) < len(maps) or (bool(known) and bool(reduce(torch.logical_or, known).all()))

@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.call_graph import argument, weight_of
+from openood_sandi.detectors.sandi.call_graph import VIEWS, argument, weight_of
 from openood_sandi.detectors.sandi.pooling import clearance
-from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier
+from openood_sandi.detectors.sandi.rectifier import Rectifier
 from openood_sandi.detectors.sandi.ways import Way
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Call, Site
-from openood_sandi.engine.splits import RecordedNetwork
 
 __all__ = ["Margins", "Reach", "reach_of"]
 
@@ -46,64 +45,59 @@ class Reach:
     Attributes:
         bounds: {site: {position of a rectifier: the bound}} for z^{T-1}; rectifiers out of its reach are left out.
         unbounded: the sites whose perturbation grows beyond any activation.
-        positions: {position of a split's tensor: its site}, of those in ``bounds``.
+        sites: {position of a split's tensor: its sites}, of those in ``bounds``.
+        rectifiers: those in ``bounds`` by position, and how many channels each needs.
         step_size: eta.
     """
 
     bounds: Mapping[Site, Mapping[int, float]]
     unbounded: frozenset[Site]
-    positions: Mapping[int, Site]
+    sites: Mapping[int, Sequence[Site]]
+    rectifiers: Mapping[int, tuple[Rectifier, int]]
     step_size: float
 
-    @property
-    def rectifiers(self) -> frozenset[int]:
-        """The positions of all rectifiers that have to be looked at."""
-        return frozenset(position for bounds in self.bounds.values() for position in bounds)
 
-
-def reach_of(found: RecordedNetwork, rectified: RectifiedNetwork, ways: Sequence[Way], attack: Attack) -> Reach:
-    """How far the steps of an attack on the splits reach, from a recorded pass of the network.
-
-    Nobody asks where counts of open channels prove nothing: there all are unbounded.
-    """
-    if rectified.open_rows is None:
-        return Reach({}, frozenset(rectified.places), {}, attack.step_size)
+def reach_of(
+    calls: Sequence[Call],
+    rectifiers: Mapping[int, Rectifier],
+    needed: Mapping[int, int],
+    ways: Sequence[Way],
+    attack: Attack,
+) -> Reach:
+    """How far the steps of an attack on the splits reach, from the calls of a recorded pass of the network."""
     distance = (attack.steps - 1) * attack.step_size * (1 + _STEP_ROUNDING)
     bounds: dict[Site, dict[int, float]] = {}
-    unbounded: set[Site] = set()
+    sites: dict[int, list[Site]] = {}
     with torch.no_grad():
         for way in ways:
-            reached = _followed(found.calls, rectified, way, distance)
-            if reached is None:
-                unbounded.add(way.split.site)
-            else:
+            reached = _followed(calls, rectifiers, way, distance)
+            if reached is not None:
                 bounds[way.split.site] = reached
-    positions = {way.position: way.split.site for way in ways if way.split.site in bounds}
-    return Reach(bounds, frozenset(unbounded), positions, attack.step_size)
+                sites.setdefault(way.position, []).append(way.split.site)
+    unbounded = frozenset(way.split.site for way in ways if way.split.site not in bounds)
+    looked_at = {place: (rectifiers[place], needed[place]) for reached in bounds.values() for place in reached}
+    return Reach(bounds, unbounded, sites, looked_at, attack.step_size)
 
 
-def _followed(calls: Sequence[Call], rectified: RectifiedNetwork, way: Way, distance: float) -> dict[int, float] | None:
+def _followed(
+    calls: Sequence[Call], rectifiers: Mapping[int, Rectifier], way: Way, distance: float
+) -> dict[int, float] | None:
     """{position: bound} at the rectifiers behind a split, its own left out; None where it grows too large."""
     start = calls[way.position].result
     change = {way.position: torch.full_like(start[:1], distance)}
     reached: dict[int, float] = {}
-    last = max(rectified.rectifiers)
-    for position in range(way.position + 1, last + 1):
+    for position in range(way.position + 1, max(rectifiers) + 1):
         call = calls[position]
-        before = [change.get(producer) for producer in call.producers]
-        if not isinstance(call.result, Tensor) or all(each is None for each in before):
+        if not isinstance(call.result, Tensor) or change.keys().isdisjoint(call.producers):
             continue
-        if position in rectified.rectifiers:
-            change[position] = changed = change[call.producers[0]]
-            if position != way.rectifier.position:
-                reached[position] = float(changed.max())
-                if not reached[position] < _TOO_FAR:
-                    return None
-            continue
-        found = _through(call, change)
+        found = change[call.producers[0]] if position in rectifiers else _through(call, change)
         if found is None:
             return None
         change[position] = found
+        if position in rectifiers and position != way.rectifier.position:
+            reached[position] = float(found.max())
+            if not reached[position] < _TOO_FAR:
+                return None
     return reached
 
 
@@ -126,13 +120,13 @@ def _through(call: Call, change: Mapping[int, Tensor]) -> Tensor | None:
         slope = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
         slope = slope if scale is None else slope * scale.abs()
         return x * torch.as_tensor(slope).view(1, -1, *[1] * (x.dim() - 2))
-    if call.name in ("flatten", "view", "reshape"):
+    if call.name in VIEWS:
         return x.reshape(1, *call.result.shape[1:])
     if call.name == "avg_pool2d" and argument(call, 6, "divisor_override", None) is not None:
         return None
     if call.name in ("avg_pool2d", "adaptive_avg_pool2d", "mean", "max_pool2d", "pad", "__getitem__"):
-        result = call.rerun({call.producers[0]: x})
-        return result if isinstance(result, Tensor) else None
+        result: Tensor = call.rerun({call.producers[0]: x})
+        return result
     return None
 
 
@@ -141,48 +135,39 @@ class Margins:
 
     Args:
         reach: the network's.
-        rectified: its rectifiers.
     """
 
-    def __init__(self, reach: Reach, rectified: RectifiedNetwork) -> None:
+    def __init__(self, reach: Reach) -> None:
         self._reach = reach
-        self._rectifiers = {position: rectified.rectifiers[position] for position in reach.rectifiers}
         self._margins: dict[int, Tensor] = {}
         self._steps_as_they_are: dict[Site, Tensor] = {}
 
     def call(self, position: int, result: Tensor) -> None:
         """Looks at the ``result`` (B, K, ...) of a rectifier, or at a split's tensor."""
-        if position in self._rectifiers:
-            self._margins[position] = _margin(result, self._rectifiers[position])
-        site = self._reach.positions.get(position)
-        if site is not None:
+        if position in self._reach.rectifiers:
+            self._margins[position] = _margin(result, *self._reach.rectifiers[position])
+        if position in self._reach.sites:
             rounding = torch.finfo(result.dtype).eps * result.abs().flatten(1).amax(1)
-            self._steps_as_they_are[site] = rounding < _STEP_ROUNDING * self._reach.step_size
+            as_they_are = rounding < _STEP_ROUNDING * self._reach.step_size
+            self._steps_as_they_are.update(dict.fromkeys(self._reach.sites[position], as_they_are))
 
-    def proved(self, site: Site) -> Tensor | None:
-        """(B,): the images whose rectifiers behind a split stay open at z^{i-1}; None for none."""
-        if site in self._reach.unbounded:
-            return None
-        proved = self._steps_as_they_are[site]
-        for position, bound in self._reach.bounds[site].items():
-            proved = proved & (self._margins[position] > bound)
+    def proved(self) -> dict[Site, Tensor]:
+        """{site: (B,)}: the images whose rectifiers behind a split stay open at z^{i-1}; not of unbounded splits."""
+        proved = {}
+        for site, bounds in self._reach.bounds.items():
+            proved[site] = self._steps_as_they_are[site]
+            for position, bound in bounds.items():
+                proved[site] = proved[site] & (self._margins[position] > bound)
         return proved
 
-    def proved_everywhere(self) -> Tensor | None:
-        """(B,): the images of which that holds for all splits; None for none."""
-        if self._reach.unbounded:
-            return None
-        proved = [self.proved(site) for site in self._reach.bounds]
-        return torch.stack([each for each in proved if each is not None]).all(0)
 
-
-def _margin(result: Tensor, rectifier: Rectifier) -> Tensor:
+def _margin(result: Tensor, rectifier: Rectifier, needed: int) -> Tensor:
     """(B,): the largest change that leaves, at every position, as many channels open as it takes."""
     low, high = rectifier.bounds
     open_by = torch.minimum(result - low, high - result) if high < float("inf") else result - low
     if rectifier.pool is not None:
-        open_by = torch.minimum(open_by, clearance(result, rectifier.pool[1]) / 2)
-    enough = open_by.amax(1) if rectifier.needed == 1 else _largest(open_by, rectifier.needed)
+        open_by = torch.minimum(open_by, clearance(result, rectifier.pool) / 2)
+    enough = open_by.amax(1) if needed == 1 else _largest(open_by, needed)
     largest = result.abs().flatten(1).amax(1)
     return enough.reshape(len(result), -1).amin(1) - _ROUNDING * largest
 

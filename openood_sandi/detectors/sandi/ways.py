@@ -18,20 +18,19 @@ ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from openood_sandi.detectors.sandi.pooling import may_win, surely_wins
-from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork, Rectifier
+from openood_sandi.detectors.sandi.rectifier import Rectifier, between
 from openood_sandi.engine.recorded import Call
 from openood_sandi.engine.split_point import Split
-from openood_sandi.engine.splits import RecordedNetwork
 
-__all__ = ["Ends", "Way", "ends_of", "narrowed", "ways_of"]
+__all__ = ["Ends", "Way", "ends_of", "narrowed"]
 
 _AT_ONCE = 1 << 19
 """So many numbers are carried at a time: little memory, and all of it in a processor's cache."""
@@ -75,8 +74,8 @@ class Way:
         """What the rectifier takes in where the split's tensor is ``z`` (b, ...), by the network's own calls."""
         values = {**beside, self.position: z}
         for position, call in self.calls.items():
-            values[position] = call.rerun(values)
-        return values[max(self.calls)] if self.calls else z
+            values[position] = z = call.rerun(values)
+        return z
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Ends:
         i: of which gradient.
         lower: one end, where an end of it can leave the range at all.
         upper: the other; None where it cannot.
-        clean: what the rectifier gave at z^0; None unless a max-pool takes it.
+        clean: what the rectifier gives at z^0; None unless a max-pool takes it.
     """
 
     rows: slice
@@ -99,33 +98,23 @@ class Ends:
 
     def sure(self, rectifier: Rectifier) -> Tensor:
         """Where units are on for certain, 1 or True there."""
-        if rectifier.pool is None:
-            on = rectifier.mask(self.lower)
-            return on if self.upper is None else on * rectifier.mask(self.upper)
-        assert self.upper is not None
-        on = _inside(self.lower, rectifier.bounds) & _inside(self.upper, rectifier.bounds)
-        return on & surely_wins(*self._rectified(rectifier), rectifier.pool[1])
+        on = between(self.lower, rectifier.bounds)
+        if self.upper is not None:
+            on = on * between(self.upper, rectifier.bounds)
+        return on if rectifier.pool is None else on * surely_wins(*self._given(rectifier), rectifier.pool)
 
     def possible(self, rectifier: Rectifier) -> Tensor:
         """Where units in front of a max-pool may be on."""
         assert rectifier.pool is not None and self.clean is not None
-        on = _inside(self.clean, rectifier.bounds)
-        return on & may_win(*self._rectified(rectifier), rectifier.pool[1])
+        return rectifier.inside(self.clean) & may_win(*self._given(rectifier), rectifier.pool)
 
-    def _rectified(self, rectifier: Rectifier) -> tuple[Tensor, Tensor]:
-        """Both ends behind the rectifier; what is off stays where it is."""
+    def _given(self, rectifier: Rectifier) -> tuple[Tensor, Tensor]:
+        """The lower and the upper end behind the rectifier; what is off stays where it is."""
         assert self.upper is not None and self.clean is not None
-        on = _inside(self.clean, rectifier.bounds)
-        lower, upper = torch.minimum(self.lower, self.upper), torch.maximum(self.lower, self.upper)
-        lower, upper = (torch.where(on, end.clamp(*rectifier.bounds), self.clean) for end in (lower, upper))
+        on = rectifier.inside(self.clean)
+        ends = torch.minimum(self.lower, self.upper), torch.maximum(self.lower, self.upper)
+        lower, upper = (torch.where(on, end.clamp(*rectifier.bounds), self.clean) for end in ends)
         return lower, upper
-
-
-def _inside(values: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Where ``values`` lie strictly between the bounds."""
-    low, high = bounds
-    inside = values > low
-    return inside if math.isinf(high) else inside & (values < high)
 
 
 def ends_of(
@@ -146,9 +135,7 @@ def ends_of(
         rows = slice(start, start + count)
         lower = upper = z[rows]
         others = {position: tensor[rows] for position, tensor in beside.items()}
-        clean = None
-        if way.rectifier.pool is not None:
-            clean = way.carry(lower, others).clamp(*way.rectifier.bounds) if way.calls else lower
+        clean = None if way.rectifier.pool is None else way.carry(lower, others).clamp(*way.rectifier.bounds)
         for i in range(2, max(steps, default=1) + 1):
             lower = lower - step_size
             upper = upper + step_size if way.needs_upper else upper
@@ -158,16 +145,16 @@ def ends_of(
 
 
 @lru_cache(maxsize=256)
-def narrowed(rectifier: Rectifier, i: int, step_size: float, dtype: torch.dtype) -> Rectifier:
-    """What a rectifier that a split feeds directly surely lets through at z^{i-1}, by its clean result.
+def narrowed(bounds: tuple[float, float], i: int, step_size: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Between which bounds a split's z^0 lies if z^{i-1} surely lies between those of the rectifier that it feeds.
 
-    l_i is monotone in z^0, so there is a largest z^0 for which it does not exceed the lower bound: the lower bound of
-    the rectifier returned. Likewise the upper one.
+    l_i is monotone in z^0, so there is a largest z^0 for which it does not exceed the lower bound: the lower one of
+    those returned. Likewise the upper one.
     """
-    low, high = rectifier.bounds
+    low, high = bounds
     if not math.isinf(high):
         high = _turning_point(high, i, step_size, dtype)
-    return replace(rectifier, bounds=(_turning_point(low, i, -step_size, dtype), high), pool=None)
+    return _turning_point(low, i, -step_size, dtype), high
 
 
 def _turning_point(bound: float, i: int, step: float, dtype: torch.dtype) -> float:
@@ -189,30 +176,3 @@ def _turning_point(bound: float, i: int, step: float, dtype: torch.dtype) -> flo
     while leaves(between := torch.nextafter(outside, inside)):  # halves of the smallest numbers round
         outside = between
     return float(outside)
-
-
-def ways_of(found: RecordedNetwork, rectified: RectifiedNetwork, splits: Sequence[Split]) -> tuple[Way, ...]:
-    """The ways of all ``splits`` to their rectifiers, which a recorded pass has shown to be there."""
-    return tuple(_way(found.calls, split, rectified.places[split.site], rectified) for split in splits)
-
-
-def _way(calls: Sequence[Call], split: Split, start: int, rectified: RectifiedNetwork) -> Way:
-    rectifier = rectified.rectifiers[rectified.gates[split.site]]
-    derived = {start}
-    between: dict[int, Call] = {}
-    for position in range(start + 1, rectifier.position):
-        call = calls[position]
-        if derived & set(call.producers) and _leads_to(calls, position, rectifier.position):
-            derived.add(position)
-            between[position] = replace(call, result=None)
-    taken = {producer for call in between.values() for producer in call.producers}
-    return Way(split, start, between, rectifier, frozenset(taken - derived))
-
-
-def _leads_to(calls: Sequence[Call], position: int, end: int) -> bool:
-    """Whether the call at ``end`` depends on the one at ``position``, through any calls between."""
-    reached = {position}
-    for later in range(position + 1, end + 1):
-        if reached & set(calls[later].producers):
-            reached.add(later)
-    return end in reached

@@ -61,6 +61,17 @@ class Windows:
             k == 1 or (k <= s and d == 1) for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
         )
 
+    @property
+    def beyond(self) -> Pair:
+        """How far they reach beyond the last row and column."""
+        (height, width), (top, left), (down, right) = self._lengths, self.padding, self.given
+        return height - top - down, width - left - right
+
+    @property
+    def are_ceiled(self) -> bool:
+        """Whether, as with ``ceil_mode`` alone, some reach beyond the padding."""
+        return any(beyond > padding for beyond, padding in zip(self.beyond, self.padding, strict=True))
+
     def __call__(self, where: Tensor) -> Where:
         """Which positions (B, K, H, W) lie in a window whose result is True, of results (B, K, h, w)."""
         if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):
