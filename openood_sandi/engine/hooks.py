@@ -84,6 +84,9 @@ class _Seen:
     def __init__(self) -> None:
         self.to_change = False
 
+    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
+        return _Seen, ()  # what was seen is no change of the network
+
 
 def _versions(given: Any) -> Iterator[int]:
     for tensor in lanes.tensors_in(given):

@@ -21,14 +21,13 @@ __all__ = ["is_opaque", "states"]
 
 _CONSTANT = (
     *(nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, enum.Enum),
-    *(int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout, range, slice),
-    *(torch.jit.ScriptFunction, torch.utils.hooks.RemovableHandle, weakref.ref, type(None), type(Ellipsis)),
+    *(int, float, complex, str, bytes, range, slice, type(None), type(Ellipsis), weakref.ref),
 )
 
 
 def is_opaque(thing: object) -> bool:
-    """Whether ``thing``, which is copied as one piece, can change in place."""
-    return not isinstance(thing, _CONSTANT)
+    """Whether ``thing``, which is copied as one piece, can change in place; torch's own objects are taken not to."""
+    return not isinstance(thing, _CONSTANT) and type(thing).__module__.partition(".")[0] != "torch"
 
 
 def states(things: Sequence[object]) -> list[bytes | None]:
