@@ -40,14 +40,13 @@ def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: type = Tensor) 
     """``tree`` with every tensor (or ``leaf``) in tuples, lists, dicts and slices replaced by ``function(tensor)``."""
     if isinstance(tree, leaf):
         return function(tree)
+    each = partial(map_tensors, function=function, leaf=leaf)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
-        items = [map_tensors(item, function, leaf) for item in tree]
+        items = map(each, tree)
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, dict):
-        return {key: map_tensors(item, function, leaf) for key, item in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(map_tensors(item, function, leaf) for item in (tree.start, tree.stop, tree.step)))
-    return tree
+        return dict(zip(tree, map(each, tree.values()), strict=True))
+    return slice(*map(each, (tree.start, tree.stop, tree.step))) if isinstance(tree, slice) else tree
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

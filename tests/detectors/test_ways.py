@@ -22,8 +22,7 @@ from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Call, Produced, Site
 from openood_sandi.engine.walk import Observer, Walk
-from tests.detectors.test_bounds import WAYS, with_way
-from tests.detectors.test_shortcut import Made, Plain, images, made
+from tests.helpers.rectified_networks import WAYS, Made, Plain, images, made, with_way
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -33,7 +32,7 @@ def look(net: nn.Module, x: Tensor, **options: object) -> tuple[SandI, Rectified
     detector = SandI(net, variant="Z", **options)
     detector.bounds(x)
     found: list[Any] = detector._network.over(x, detector._z._readable.at, list)
-    return detector, found[0][1]
+    return detector, found[0].known.rectified
 
 
 # ---------------------------------------------------------------------- edges
@@ -59,7 +58,7 @@ def test_an_edge_is_where_iterated_steps_leave_the_range(
         lower = attack.advance(lower, z, -torch.ones_like(z))
         upper = attack.advance(upper, z, torch.ones_like(z))
     expected = (lower > bounds[0]) & (upper < bounds[1]) & (z > bounds[0]) & (z < bounds[1])
-    assert torch.equal(between(z, sure), expected)
+    assert torch.equal(between(z, sure).bool(), expected)
 
 
 # ---------------------------------------------------------------------- ends
@@ -91,15 +90,15 @@ def test_no_path_leaves_the_ends(dtype: torch.dtype, scale: float) -> None:
         for i in lowest:
             step = torch.randint(-1, 2, z.shape, generator=generator).to(dtype)
             moved = attack.advance(moved, z, step)
-            given = way.carry(moved, beside)
-            assert bool((given >= lowest[i]).all())
-            reached[i] |= given == lowest[i]
+            entering = way.carry(moved, beside)
+            assert bool((entering >= lowest[i]).all())
+            reached[i] |= entering == lowest[i]
     assert bool(reached[2].all()), "the ends are no wider than that"
 
 
 @pytest.mark.parametrize("kind", WAYS)
 def test_ways_start_and_end_where_the_network_s_do(kind: str) -> None:
-    """Carried clean, a split's tensor becomes what its rectifier gives."""
+    """Carried clean, a split's tensor is what enters its rectifier."""
     net, x = made(lambda: Made(partial(with_way, kind))), images(2)
     detector, readable = look(net, x, splits=["c0", "c1"] if kind == "slope" else "all")
     results: list[Any] = []
@@ -112,8 +111,8 @@ def test_ways_start_and_end_where_the_network_s_do(kind: str) -> None:
     detector._network.over(x, lambda part: detector._network.walk(part, walk, Listener()), list)
     assert len(readable.ways) == len(detector.split_names)
     for way in readable.ways.values():
-        given = way.carry(results[way.position].detach(), {p: results[p].detach() for p in way.beside})
-        assert torch.equal(given, results[way.rectifier.position])
+        entering = way.carry(results[way.position].detach(), {p: results[p].detach() for p in way.beside})
+        assert torch.equal(entering.clamp(*way.rectifier.bounds), results[way.rectifier.position])
 
 
 # ---------------------------------------------------------------------- windows

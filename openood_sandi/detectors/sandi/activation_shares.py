@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from openood_sandi.engine import checks
 
-__all__ = ["ActivationPass", "activation_input", "activation_pass", "counts"]
+__all__ = ["ActivationPass", "Counting", "activation_input", "activation_pass", "counts"]
 
 _ALIKE = (
     *("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "softplus"),
@@ -77,22 +77,35 @@ def activation_pass(net: nn.Module, x: Tensor, axes: Sequence[int | None]) -> Ac
     Raises:
         ValueError: it calls other activations than these.
     """
-    with _Counting(axes) as counting:
+    with Counting(axes) as counting:
         logits = net(x)
     checks.require_logits(logits)
-    if counting.seen != len(axes):
+    seen = len(counting.shapes)
+    if seen != len(axes):
         raise ValueError(
-            f"the network called {counting.seen} activations for these images and {len(axes)} for the first ones; "
+            f"the network called {seen} activations for these images and {len(axes)} for the first ones; "
             "expected a network whose calls do not depend on the images. Use one detector for each of its paths"
         )
     feature = None if counting.last is None else _feature(*counting.last)
     return ActivationPass(logits, counting.counts, counting.positions, feature)
 
 
-class _Counting(TorchFunctionMode):
-    def __init__(self, axes: Sequence[int | None]) -> None:
+class Counting(TorchFunctionMode):
+    """Counts what activations let through, while it is entered.
+
+    Args:
+        axes: as of :func:`activation_pass`; calls beyond these are left out as well.
+
+    Attributes:
+        shapes: of the input of each call.
+        counts, positions: as of :class:`ActivationPass`.
+        last: arguments and result of the last layer that may give the logits.
+    """
+
+    def __init__(self, axes: Sequence[int | None] = ()) -> None:
         super().__init__()
-        self.axes, self.seen = axes, 0
+        self.axes = axes
+        self.shapes: list[tuple[int, ...]] = []
         self.counts: dict[int, Tensor] = {}
         self.positions: dict[int, int] = {}
         self.last: tuple[Sequence[Any], Mapping[str, Any], Any] | None = None
@@ -110,11 +123,12 @@ class _Counting(TorchFunctionMode):
         return result
 
     def _count(self, x: Tensor, clip: float) -> None:
-        axis = self.axes[self.seen] if self.seen < len(self.axes) else None
+        seen = len(self.shapes)
+        axis = self.axes[seen] if seen < len(self.axes) else None
         if axis is not None:
-            self.counts[self.seen] = counts(x, clip, axis)
-            self.positions[self.seen] = math.prod(size for dim, size in enumerate(x.shape) if dim not in (0, axis))
-        self.seen += 1
+            self.counts[seen] = counts(x, clip, axis)
+            self.positions[seen] = math.prod(size for dim, size in enumerate(x.shape) if dim not in (0, axis))
+        self.shapes.append(tuple(x.shape))
 
 
 def activation_input(

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from openood_sandi.detectors.sandi.activation_shares import activation_input
+from openood_sandi.detectors.sandi.activation_shares import Counting, activation_input
 from openood_sandi.engine.axes import ChannelAxes, usual_channel_axis
 from openood_sandi.engine.errors import ReplayError
 from openood_sandi.engine.features import hooked, require_called, stages
@@ -129,31 +127,17 @@ def _axis(shape: Sequence[int], axis: int) -> int | None:
 # ---------------------------------------------------------------------------------------- one pass each
 
 
-class _Listing(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = activation_input(func, args, kwargs or {})
-        if given is not None:
-            self.shapes.append(tuple(given[0].shape))
-        return func(*args, **(kwargs or {}))
-
-
 def _shapes(net: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[list[tuple[int, ...]], dict[str, int]]:
     """The shape of each activation's input, and {module: how many there are when it returns for the last time}."""
     ends: dict[str, int] = {}
-    listing = _Listing()
+    counting = Counting()
 
     def returned(name: str, _: Tensor, __: Tensor) -> None:
-        ends[name] = len(listing.shapes)
+        ends[name] = len(counting.shapes)
 
-    with torch.no_grad(), hooked({name: net.get_submodule(name) for name in names}, returned), listing:
+    with torch.no_grad(), hooked({name: net.get_submodule(name) for name in names}, returned), counting:
         net(x)
-    return listing.shapes, ends
+    return counting.shapes, ends
 
 
 def _channel_axes(net: nn.Module, x: Tensor, shapes: Sequence[Sequence[int]]) -> list[int]:

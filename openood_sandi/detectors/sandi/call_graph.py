@@ -11,7 +11,10 @@ from torch import Size, Tensor
 
 from openood_sandi.engine.recorded import Call
 
-__all__ = ["CallGraph", "UnreadableError", "argument", "is_normalisation", "is_sum", "weight_of"]
+__all__ = ["VIEWS", "CallGraph", "UnreadableError", "argument", "is_normalisation", "is_sum", "weight_of"]
+
+VIEWS = frozenset(("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone"))
+"""Calls that give all of their operand, in its order."""
 
 
 class UnreadableError(Exception):

@@ -22,8 +22,10 @@ def score(densities: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def count(mask: Tensor) -> Tensor:
-    """How many positions of a channel are True: (B, K) from (B, K, positions)."""
+    """How many positions of a channel are not 0: (B, K) from (B, K, positions) of True or 1."""
     positions = mask.shape[2]
+    if mask.dtype != torch.bool:
+        return mask.sum(2)
     if mask.device.type == "cpu" and positions >= 64 and positions % 4 == 0:
         # four or eight positions at a time, each summed in a byte of its own, of which as many are added up as cannot
         # overflow it: up to forty times as fast

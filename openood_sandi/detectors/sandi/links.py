@@ -12,6 +12,7 @@ from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import BackwardGraph, Link, Where, everywhere_as_none, union
 from openood_sandi.detectors.sandi.call_graph import (
+    VIEWS,
     CallGraph,
     UnreadableError,
     argument,
@@ -322,5 +323,5 @@ _LINKS: dict[str, Callable[[Call, Size], Link]] = {
     "mean": _mean,
     "pad": _padding,
     "__getitem__": _slices,
-    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone"), _view),
+    **dict.fromkeys(VIEWS, _view),
 }

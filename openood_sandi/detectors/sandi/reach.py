@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openood_sandi.detectors.sandi.call_graph import argument, weight_of
+from openood_sandi.detectors.sandi.call_graph import VIEWS, argument, weight_of
 from openood_sandi.detectors.sandi.pooling import clearance
 from openood_sandi.detectors.sandi.rectifier import Rectifier
 from openood_sandi.detectors.sandi.ways import Way
@@ -120,13 +120,13 @@ def _through(call: Call, change: Mapping[int, Tensor]) -> Tensor | None:
         slope = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
         slope = slope if scale is None else slope * scale.abs()
         return x * torch.as_tensor(slope).view(1, -1, *[1] * (x.dim() - 2))
-    if call.name in ("flatten", "view", "reshape"):
+    if call.name in VIEWS:
         return x.reshape(1, *call.result.shape[1:])
     if call.name == "avg_pool2d" and argument(call, 6, "divisor_override", None) is not None:
         return None
     if call.name in ("avg_pool2d", "adaptive_avg_pool2d", "mean", "max_pool2d", "pad", "__getitem__"):
-        result = call.rerun({call.producers[0]: x})
-        return result if isinstance(result, Tensor) else None
+        result: Tensor = call.rerun({call.producers[0]: x})
+        return result
     return None
 
 

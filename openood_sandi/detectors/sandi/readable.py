@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.devices import fetch, is_autocast, take
 from openood_sandi.engine.network import SplitNetwork, Weights
 
-__all__ = ["Densities", "Look", "ReadableNetworks", "SpotChecks"]
+__all__ = ["Densities", "Known", "Look", "ReadableNetworks", "agree"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,13 +27,25 @@ Densities = tuple[Tensor, dict[str, Tensor]]
 """Logits (B, classes) and {split name: E (B, K)}."""
 
 
+@dataclass
+class Known:
+    """What is known at one shape of images and one state of the weights.
+
+    Attributes:
+        rectified: what can be read there; None where nothing can, or was seen to be otherwise.
+        agreed: for each kind of what is read, the classes of which an image was both read and computed, alike.
+        has_estimates: False where much of what is on is dead, as behind depthwise convolutions.
+    """
+
+    rectified: RectifiedNetwork | None
+    agreed: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    has_estimates: bool = True
+
+
 class Look(NamedTuple):
     """What is known for a batch."""
 
-    key: object
-    """Equal for images and weights for which the same is known."""
-    rectified: RectifiedNetwork | None
-    """What can be read there, if anything."""
+    known: Known
     weights: Weights
     """Whose sums are believed to be the last ones, until they are fetched with all else that is to be known."""
     sums: tuple[bytes, ...]
@@ -48,7 +62,7 @@ class ReadableNetworks:
 
     def __init__(self, network: SplitNetwork, attack: Attack) -> None:
         self._network, self._attack = network, attack
-        self._known: dict[object, RectifiedNetwork | None] = {}
+        self._known: dict[object, Known] = {}
         self._sums: dict[object, tuple[bytes, ...]] = {}
         """Of the weights as they were last read, by their counts of writes."""
 
@@ -64,8 +78,8 @@ class ReadableNetworks:
         self._sums = {weights.counted: sums}
         key = (*kind, weights.counted, sums)
         if key not in self._known:
-            self._known = {**dict(list(self._known.items())[-7:]), key: self._look(x[:2])}
-        return Look(key, self._known[key], weights, sums)
+            self._known = {**dict(list(self._known.items())[-7:]), key: Known(self._look(x[:2]))}
+        return Look(self._known[key], weights, sums)
 
     def has_changed(self, look: Look, sums: Sequence[Tensor]) -> bool:
         """Whether the weights are others than were believed, by their ``sums`` on the CPU; then all is to do again."""
@@ -74,50 +88,41 @@ class ReadableNetworks:
         self._sums = {}
         return True
 
-    def reject(self, key: object) -> None:
-        """Nothing can be read there: gradients were seen to be otherwise."""
-        self._known[key] = None
-
     def _look(self, x: Tensor) -> RectifiedNetwork | None:
         if self._network.hides_code:
             return None
         return rectified_network(self._network.record(x), self._network.splits, self._attack)
 
 
-class SpotChecks:
-    """One image of each predicted class is read and computed as well: patterns depend on the class that is attributed.
+def agree(
+    read: dict[str, Tensor],
+    compute: Callable[[Tensor], Densities],
+    x: Tensor,
+    classes: Sequence[int],
+    agreed: set[int],
+    tolerance: float = _COINCIDENCE,
+) -> bool:
+    """Whether densities that were read are what gradients say: patterns depend on the class that is attributed.
+
+    One image of each class is looked at that has not ``agreed`` yet; those that do are added there.
 
     Args:
+        read: {split name: E (B, K)}.
+        compute: computes them of a few images.
+        x: the images (B, C, H, W).
+        classes: B predicted ones, -1 where nothing is proved.
+        agreed: see :attr:`Known.agreed`.
         tolerance: the share of the positions that may differ.
     """
-
-    def __init__(self, tolerance: float = _COINCIDENCE) -> None:
-        self._tolerance = tolerance
-        self._looked_at: dict[object, set[int]] = {}
-        """Predicted classes of which an image was both read and computed, alike."""
-
-    def agree(
-        self,
-        x: Tensor,
-        read: dict[str, Tensor],
-        compute: Callable[[Tensor], Densities],
-        classes: Sequence[int],
-        key: object,
-    ) -> bool:
-        """Whether what was read of images of B ``classes``, -1 where nothing is proved, is what gradients say.
-
-        One image of each class is looked at, ever.
-        """
-        looked_at = self._looked_at.get(key, set())
-        first = {label: row for row, label in reversed(list(enumerate(classes)))}
-        rows = [row for label, row in first.items() if label >= 0 and label not in looked_at]
-        if not rows:
-            return True
-        computed = compute(take(x, rows))[1]
-        apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
-        share = float(torch.cat(apart, 1).mean())
-        if share > self._tolerance:
-            _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
-            return False
-        self._looked_at = {**dict(list(self._looked_at.items())[-7:]), key: looked_at | first.keys()}
+    first = {label: row for row, label in reversed(list(enumerate(classes)))}
+    rows = [row for label, row in first.items() if label >= 0 and label not in agreed]
+    if not rows:
         return True
+    computed = compute(take(x, rows))[1]
+    apart = [(take(read[name], rows) - density).abs() for name, density in computed.items()]
+    share = float(torch.cat(apart, 1).mean())
+    if share > tolerance:
+        _log.info("gradients are zero where their rectifiers are not (%.2g of the positions); computing all", share)
+        return False
+    agreed.update(first)
+    return True

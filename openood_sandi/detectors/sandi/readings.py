@@ -138,7 +138,8 @@ class PathReading(Reading):
         elif site in self._certain:
             way = self.rectified.ways[site]
             z = self._kept[way.position]
-            self._density.pattern(site, way.rectifier.mask(way.carry(self._attack.advance(z, z, sign), self._kept)))
+            entering = way.carry(self._attack.advance(z, z, sign), self._kept)
+            self._density.pattern(site, way.rectifier.mask(entering.clamp(*way.rectifier.bounds)))
         else:
             return True
         return False

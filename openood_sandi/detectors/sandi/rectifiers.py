@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Size, Tensor
 
 from openood_sandi.detectors.sandi.alive import BackwardGraph
-from openood_sandi.detectors.sandi.call_graph import CallGraph, UnreadableError, is_normalisation, is_sum
+from openood_sandi.detectors.sandi.call_graph import VIEWS, CallGraph, UnreadableError, is_normalisation, is_sum
 from openood_sandi.detectors.sandi.links import backward_graph
 from openood_sandi.detectors.sandi.open_channels import needed_channels
 from openood_sandi.detectors.sandi.reach import Reach, reach_of
@@ -112,7 +112,7 @@ def _reads_data(calls: Sequence[Call]) -> bool:
     return any(not tells_of_form(call.name) for call in read)
 
 
-_POOLS_AND_VIEWS = frozenset(("avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape"))
+_POOLS_AND_VIEWS = VIEWS | {"avg_pool2d", "adaptive_avg_pool2d", "mean"}
 
 
 def _require_maps(graph: CallGraph, first: int) -> None:

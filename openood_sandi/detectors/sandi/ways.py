@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from openood_sandi.detectors.sandi.pooling import may_win, surely_wins
-from openood_sandi.detectors.sandi.rectifier import Rectifier
+from openood_sandi.detectors.sandi.rectifier import Rectifier, between
 from openood_sandi.engine.recorded import Call
 from openood_sandi.engine.split_point import Split
 
@@ -71,16 +71,16 @@ class Way:
         return turns or not math.isinf(self.rectifier.bounds[1]) or self.rectifier.pool is not None
 
     def carry(self, z: Tensor, beside: Mapping[int, Tensor]) -> Tensor:
-        """What the rectifier gives where the split's tensor is ``z`` (b, ...), by the network's own calls."""
+        """What the rectifier takes in where the split's tensor is ``z`` (b, ...), by the network's own calls."""
         values = {**beside, self.position: z}
         for position, call in self.calls.items():
             values[position] = z = call.rerun(values)
-        return z.clamp(*self.rectifier.bounds)
+        return z
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Both ends of what a rectifier gives at z^{i-1}, (b, K, ...) of a few images.
+    """Both ends of what a rectifier takes in at z^{i-1}, (b, K, ...) of a few images.
 
     Attributes:
         rows: which images.
@@ -97,23 +97,24 @@ class Ends:
     clean: Tensor | None
 
     def sure(self, rectifier: Rectifier) -> Tensor:
-        """Where units are on for certain."""
-        on = rectifier.inside(self.lower)
+        """Where units are on for certain, 1 or True there."""
+        on = between(self.lower, rectifier.bounds)
         if self.upper is not None:
-            on = on & rectifier.inside(self.upper)
-        return on if rectifier.pool is None else on & surely_wins(*self._of_active(rectifier), rectifier.pool)
+            on = on * between(self.upper, rectifier.bounds)
+        return on if rectifier.pool is None else on * surely_wins(*self._given(rectifier), rectifier.pool)
 
     def possible(self, rectifier: Rectifier) -> Tensor:
         """Where units in front of a max-pool may be on."""
         assert rectifier.pool is not None and self.clean is not None
-        return rectifier.inside(self.clean) & may_win(*self._of_active(rectifier), rectifier.pool)
+        return rectifier.inside(self.clean) & may_win(*self._given(rectifier), rectifier.pool)
 
-    def _of_active(self, rectifier: Rectifier) -> tuple[Tensor, Tensor]:
-        """The lower and the upper end; what is off stays where it is."""
+    def _given(self, rectifier: Rectifier) -> tuple[Tensor, Tensor]:
+        """The lower and the upper end behind the rectifier; what is off stays where it is."""
         assert self.upper is not None and self.clean is not None
         on = rectifier.inside(self.clean)
-        lower, upper = torch.minimum(self.lower, self.upper), torch.maximum(self.lower, self.upper)
-        return torch.where(on, lower, self.clean), torch.where(on, upper, self.clean)
+        ends = torch.minimum(self.lower, self.upper), torch.maximum(self.lower, self.upper)
+        lower, upper = (torch.where(on, end.clamp(*rectifier.bounds), self.clean) for end in ends)
+        return lower, upper
 
 
 def ends_of(
@@ -134,7 +135,7 @@ def ends_of(
         rows = slice(start, start + count)
         lower = upper = z[rows]
         others = {position: tensor[rows] for position, tensor in beside.items()}
-        clean = None if way.rectifier.pool is None else way.carry(lower, others)
+        clean = None if way.rectifier.pool is None else way.carry(lower, others).clamp(*way.rectifier.bounds)
         for i in range(2, max(steps, default=1) + 1):
             lower = lower - step_size
             upper = upper + step_size if way.needs_upper else upper

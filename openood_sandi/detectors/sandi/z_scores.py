@@ -18,7 +18,7 @@ from openood_sandi.detectors.sandi.bounds import Bounds, Told
 from openood_sandi.detectors.sandi.densities import NonZeroDensity, score
 from openood_sandi.detectors.sandi.intervals import IntervalReading
 from openood_sandi.detectors.sandi.losses import LogitsPlan
-from openood_sandi.detectors.sandi.readable import Densities, ReadableNetworks, SpotChecks
+from openood_sandi.detectors.sandi.readable import Densities, Look, ReadableNetworks, agree
 from openood_sandi.detectors.sandi.readings import FirstReading, PathReading
 from openood_sandi.detectors.sandi.rectifiers import RectifiedNetwork
 from openood_sandi.engine.attack import Attack
@@ -72,9 +72,6 @@ class ZScores:
     def _start(self, splits: tuple[Split, ...]) -> None:
         self._splits = splits
         self._readable = ReadableNetworks(self._network, self._attack)
-        self._checks, self._first_checks, self._fair = SpotChecks(), SpotChecks(), SpotChecks(_FAIR)
-        self._unfair: set[object] = set()
-        """Where estimates are none: much of what is on is dead, as behind depthwise convolutions."""
         self._pause = self._to_compute = 0
         """How many batches were not read after the last that proved little, and how many are still to come."""
         self._seen = self._proved = 0
@@ -92,16 +89,14 @@ class ZScores:
 
     def densities(self, x: Tensor) -> Densities:
         """Logits (B, classes) and {split name: E (B, K)} of images (B, C, H, W)."""
-        if self._splits is not self._network.splits:
-            self._start(self._network.splits)
-        if not self._reads or self._network.is_plain:
+        look = self._look(x)
+        if look is None:
             return self._computed(x)
         self._seen += len(x)
-        look = self._readable.at(x)
-        if look.rectified is None or self._to_compute:
-            self._to_compute = max(0, self._to_compute - 1)
+        if self._to_compute:
+            self._to_compute -= 1
             return self._computed(x)
-        read = self._read(x, look.rectified)
+        read = self._read(x, look.known.rectified)
         if read is None:
             return self._computed(x)
         logits, found, unproved = read
@@ -113,8 +108,8 @@ class ZScores:
         if self._readable.has_changed(look, sums):
             self._seen -= len(x)
             return self.densities(x)
-        if not self._checks.agree(x, found, self._computed, classes.tolist(), look.key):
-            self._readable.reject(look.key)
+        if not agree(found, self._computed, x, classes.tolist(), look.known.agreed["densities"]):
+            look.known.rectified = None
             return self._computed(x)
         proves_little = 2 * int(unproved.sum()) > len(x)
         self._pause = self._to_compute = min(2 * self._pause + 1, _LONGEST_PAUSE) if proves_little else 0
@@ -131,14 +126,11 @@ class ZScores:
         An L2 ball (Eq. 4) makes steps of other lengths: there is nothing to read then. What needs no gradients but g_1
         is not bounded either, but read as it is.
         """
-        if self._splits is not self._network.splits:
-            self._start(self._network.splits)
-        are_steps_equal = self._attack.steps > 1 and math.isinf(self._attack.epsilon)
-        if not (self._reads and are_steps_equal) or self._network.is_plain:
+        look = self._look(x) if math.isinf(self._attack.epsilon) else None
+        rectified = None if look is None else look.known.rectified
+        if look is None or rectified is None or not rectified.is_bounded or self._is_first(rectified):
             return None
-        look = self._readable.at(x)
-        rectified = look.rectified
-        if rectified is None or not rectified.is_bounded or look.key in self._unfair or self._is_first(rectified):
+        if not look.known.has_estimates:
             return None
         ends = IntervalReading(rectified, self._splits, self._attack, self._combine)
         logits = self._network.walk(x, Walk(LogitsPlan(self._splits, None, self._losses[1])), ends, ())
@@ -151,17 +143,23 @@ class ZScores:
         if self._readable.has_changed(look, sums):
             return self.bounds(x)
         first, computed = ends.first(), partial(self._computed, attack=Attack(1), combine="count")
-        if not self._first_checks.agree(x, first, computed, classes.tolist(), look.key):
-            self._readable.reject(look.key)
+        if not agree(first, computed, x, classes.tolist(), look.known.agreed["bounds"]):
+            look.known.rectified = None
             return None
-        if not self._fair.agree(x, first, computed, estimated.tolist(), look.key):
-            self._unfair.add(look.key)
+        if not agree(first, computed, x, estimated.tolist(), look.known.agreed["estimates"], _FAIR):
+            look.known.has_estimates = False
             return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
         low, high = (score(each, dtype).masked_fill(~finite, math.nan) for each in ends.densities())
         return Bounds(pred, low, high, proved | ~finite)
 
     # ------------------------------------------------------------------ passes
+
+    def _look(self, x: Tensor) -> Look | None:
+        """What is known for images (B, C, H, W); None where no network can be read."""
+        if self._splits is not self._network.splits:
+            self._start(self._network.splits)
+        return self._readable.at(x) if self._reads and not self._network.is_plain else None
 
     def _computed(self, x: Tensor, attack: Attack | None = None, combine: str | None = None) -> Densities:
         """Logits and densities with every gradient computed."""
@@ -172,8 +170,10 @@ class ZScores:
         logits = self._network.walk(x, walk, density)
         return logits, density.densities()
 
-    def _read(self, x: Tensor, rectified: RectifiedNetwork) -> tuple[Tensor, dict[str, Tensor], Tensor] | None:
+    def _read(self, x: Tensor, rectified: RectifiedNetwork | None) -> tuple[Tensor, dict[str, Tensor], Tensor] | None:
         """Logits, densities as masks tell them, and which images (B,) are unproved; None where masks tell nothing."""
+        if rectified is None:
+            return None
         steps = 1 if self._is_first(rectified) else self._attack.steps
         density = NonZeroDensity(self._splits, steps, self._combine)
         losses = LogitsPlan(self._splits, None, self._losses[1])
