@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pandas as pd
 from comparison import leaderboard, methods, paper_tables, pictures, report, sources
-from comparison.console import Lines, Parser, device, positive, progress
+from comparison.console import Parser, device, positive, progress
 from comparison.environment import environment, on_quickest_threads, same_arithmetic_on_gpus
 from comparison.evaluation import Decoder, Evaluation, Failure, Outcome
 from comparison.methods import Method
@@ -33,6 +33,7 @@ from comparison.table import Run, results
 from networks import SourceError
 
 from openood_sandi.runs import ranks
+from openood_sandi.runs.progress import Lines
 
 
 def parser() -> argparse.ArgumentParser:

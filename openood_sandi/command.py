@@ -233,4 +233,6 @@ def _add_what_is_shared(call: argparse.ArgumentParser) -> None:
     call.add_argument("--batch-size", type=int, default=64)
     call.add_argument("--workers", type=int, default=0, help="processes that read images")
     call.add_argument("--device", help="by default the GPU, if there is one, that LOCAL_RANK names")
-    call.add_argument("--progress", action="store_true", help="show a progress bar")
+    call.add_argument(
+        "--progress", action="store_true", help="tell how far it is: a bar, or lines where there is no terminal"
+    )

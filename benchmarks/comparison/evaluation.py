@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from openood_sandi import score_dataset
 from openood_sandi.runs import keys
 from openood_sandi.runs.cache import ScoreCache
+from openood_sandi.runs.progress import Lines
 from openood_sandi.runs.unreadable import UnreadableImage
 
 from . import methods
-from .console import Lines, progress
+from .console import progress
 from .cost import Expense, kept_expense
 from .environment import free_memory, library_version
 from .methods import Method, Scorer

@@ -172,7 +172,7 @@ class Detector(ABC):
         Args:
             loader: images as :meth:`fit` takes them, on any device; also what :func:`openood_sandi.folder` returns.
             unreadable: "stop" at an image that cannot be read, or "skip" it, with a warning that names it.
-            progress: show a progress bar, if tqdm is installed; a string is its title.
+            progress: tell how far it is: a bar on a terminal, else a line every half minute; a string is its title.
 
         Raises:
             openood_sandi.runs.unreadable.UnreadableImage: an image cannot be read.

@@ -41,6 +41,8 @@ class Needed(NamedTuple):
     """All names that it looks up anywhere: attributes too."""
     imports: frozenset[str]
     """Modules that it imports when it runs."""
+    texts: frozenset[str]
+    """Texts that stand in its code."""
 
 
 def needed(code: CodeType) -> Needed:
@@ -51,6 +53,7 @@ def needed(code: CodeType) -> Needed:
         frozenset(str(step.argval) for step in read if step.opname in _GLOBAL),
         frozenset(name for each in inside for name in each.co_names),
         frozenset(str(step.argval) for step in read if step.opname == "IMPORT_NAME" and step.argval),
+        frozenset(text for each in inside for text in each.co_consts if isinstance(text, str)),
     )
 
 

@@ -7,15 +7,20 @@ imports. What cannot be told for certain raises :class:`Indescribable`.
 
 from __future__ import annotations
 
+import builtins
+import datetime
+import decimal
 import enum
 import functools
 import hashlib
 import logging
 import operator
+import os
 import re
+import threading
 import types
 import typing
-from collections import deque
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import PurePath
 from typing import Any
@@ -24,13 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openood_sandi.runs import bytecode, sources
+from openood_sandi.runs import bytecode, named_files, sources
 
 __all__ = ["Indescribable", "digest"]
 
 #: What ``repr`` tells in full.
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, type(...), type(NotImplemented)}
-_BY_REPR = (torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype, PurePath, typing.TypeVar)
+_BY_REPR = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype, typing.TypeVar),
+    *(bytearray, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta),
+)
 _METHODS_IN_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 #: What every module has beside weights, submodules and hooks.
@@ -53,6 +61,14 @@ _OF_CLASSES = {
         "__match_args__",
     ),
 }
+#: What is told by its name alone.
+_KINDS = {list, tuple, set, frozenset, dict, deque, OrderedDict, defaultdict, Tensor, nn.Parameter, np.ndarray}
+#: What no score depends on.
+_STATELESS = (logging.Logger, type(threading.Lock()), type(threading.RLock()))
+#: Descriptors that do what the class's other entries say.
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(vars(namedtuple("_", "a"))["a"]))
+#: Lists of so many texts are not looked through for names of files.
+_MANY = 100
 #: The bytes of an object without slots, its references to attributes and to weak references counted.
 _BARE = 32
 
@@ -83,11 +99,13 @@ class _Description:
     def of(self, value: Any) -> object:
         """``value`` in plain terms."""
         if type(value) in _PLAIN:
-            return value
+            return named_files.told(value) if type(value) is str else value
         if type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value)):
-            return type(value).__name__, [*value]
+            return type(value).__name__, [named_files.told(item) for item in value] if len(value) < _MANY else [*value]
         if isinstance(value, enum.Enum):
             return "enum", self.of(type(value)), value.name
+        if isinstance(value, PurePath):
+            return type(value).__name__, named_files.told(str(value))
         if isinstance(value, _BY_REPR):
             return repr(value)
         code = self._code(value)
@@ -107,23 +125,28 @@ class _Description:
 
     def _contents(self, value: Any) -> object:
         if isinstance(value, Tensor):
-            return "tensor", str(value.dtype), tuple(value.shape), _tensor(value), self._hooks_of_tensor(value)
+            content = str(value.dtype), tuple(value.shape), _tensor(value)
+            return self._kind(value), content, self._hooks_of_tensor(value)
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
-            return "array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest()
+            content = repr(value.dtype), value.shape, hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
+            return self._kind(value), content
         if isinstance(value, nn.Module):
             return self._network(value)
         if isinstance(value, (list, tuple, deque, np.ndarray)):
             return self._kind(value), [self.of(item) for item in value]
         if isinstance(value, Set):
             return self._kind(value), self._unordered(value)
+        if isinstance(value, OrderedDict):
+            return self._kind(value), [(self.of(name), self.of(item)) for name, item in value.items()]
         if isinstance(value, Mapping):
-            return self._kind(value), self._mapping(value)
+            made = self.of(value.default_factory) if isinstance(value, defaultdict) else None
+            return self._kind(value), made, self._mapping(value)
         if isinstance(value, slice):
             return "slice", [self.of(part) for part in (value.start, value.stop, value.step)]
         if isinstance(value, re.Pattern):
             return "pattern", value.pattern, value.flags
-        if isinstance(value, logging.Logger):
-            return "logger", value.name
+        if isinstance(value, _STATELESS):
+            return "stateless", type(value).__name__
         if isinstance(value, _GETTERS):
             return type(value).__name__, self.of(value.__reduce__()[1:])
         if isinstance(value, functools.partial):
@@ -133,7 +156,10 @@ class _Description:
         return self._object(value)
 
     def _kind(self, value: object) -> object:
-        return type(value).__name__ if type(value) in (list, tuple, set, frozenset, dict) else self.of(type(value))
+        """What it is, and what it carries beside what it holds."""
+        kind, carried = type(value), getattr(value, "__dict__", None)
+        named = kind.__name__ if kind in _KINDS else self.of(kind)
+        return (named, self._mapping(carried)) if carried else named
 
     def _unordered(self, values: Iterable[Any]) -> list[str]:
         """Each in a walk of its own: references to what was met before would depend on the order."""
@@ -157,17 +183,17 @@ class _Description:
         if kind.__basicsize__ > _BARE + 8 * len(slots) or not (hasattr(value, "__dict__") or slots):
             raise Indescribable(f"a {kind.__qualname__} cannot be told from others of its kind")
         filled = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        return "object", self.of(kind), self._mapping({**filled, **getattr(value, "__dict__", {})})
+        return "object", self.of(kind), self._mapping({**filled, **_attributes(value)})
 
     # ------------------------------------------------------------------ networks
 
     def _network(self, net: nn.Module) -> object:
         """Its class, mode, attributes and hooks, and the same of its submodules; tensors by name."""
-        own = {name: value for name, value in vars(net).items() if name not in _OF_MODULES}
-        tensors = {name: value for kind in (net._parameters, net._buffers) for name, value in kind.items()}
+        own = {name: value for name, value in _attributes(net).items() if name not in _OF_MODULES}
+        tensors = [(name, self.of(value)) for kind in (net._parameters, net._buffers) for name, value in kind.items()]
         hooks = [self.of(hook) for kind in _HOOKS for hook in (kind, *_values(getattr(net, kind, {})))]
         children = [(name, self.of(child)) for name, child in net._modules.items()]
-        return "network", self.of(type(net)), self._mapping(own), self._mapping(tensors), hooks, children
+        return "network", self.of(type(net)), self._mapping(own), tensors, hooks, children
 
     def _hooks_of_tensor(self, value: Tensor) -> list[object]:
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -221,11 +247,9 @@ class _Description:
         self._from(kind.__module__)
         entries = {name: value for name, value in vars(kind).items() if name not in _OF_CLASSES}
         if sources.is_library(kind.__module__):  # its version tells it, unless somebody has put methods in
-            entries = {name: value for name, value in entries.items() if _is_foreign(value)}
+            entries = {name: value for name, value in entries.items() if sources.is_foreign(value)}
         told = [
-            (name, self.of(value))
-            for name, value in sorted(entries.items())
-            if not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
+            (name, self.of(value)) for name, value in sorted(entries.items()) if not isinstance(value, _DESCRIPTORS)
         ]
         meta = None if type(kind) is type else self.of(type(kind))
         return "class", kind.__module__, kind.__qualname__, [self.of(base) for base in kind.__bases__], meta, told
@@ -236,16 +260,19 @@ class _Description:
         enclosed = [self.of(_held(cell)) for cell in function.__closure__ or ()]
         bound = enclosed, self.of(function.__defaults__), self.of(function.__kwdefaults__)
         extra = self._mapping({name: value for name, value in vars(function).items() if name != "__wrapped__"})
-        if not _is_foreign(function):
+        if not sources.is_foreign(function):
             return "function", module, function.__qualname__, bound, extra
         takes = bytecode.needed(function.__code__)
         self.modules |= takes.imports
-        return "function", bytecode.canonical(function.__code__), bound, extra, self._taken(function, takes)
+        around = [named_files.told(text) for text in sorted(takes.texts)], _environment(takes)
+        return "function", bytecode.canonical(function.__code__), bound, extra, self._taken(function, takes), around
 
     def _taken(self, function: types.FunctionType, takes: bytecode.Needed) -> list[object]:
         """The values that a function looks up in its module when it runs, as they are now."""
         own = function.__globals__
         values = [(name, own[name]) for name in sorted(takes.globals) if name in own]
+        everywhere = [(name, getattr(builtins, name, None)) for name in sorted(takes.globals - own.keys())]
+        values += [(name, value) for name, value in everywhere if sources.is_foreign(value)]
         return [(name, self._looked_up(value, takes.names)) for name, value in values]
 
     def _looked_up(self, value: Any, names: frozenset[str]) -> object:
@@ -255,7 +282,7 @@ class _Description:
         library, inside = sources.is_library(value.__name__), vars(value)
         found = [(name, inside[name]) for name in sorted(names) if name in inside]
         if library:
-            found = [(name, held) for name, held in found if _is_foreign(held)]
+            found = [(name, held) for name, held in found if sources.is_foreign(held)]
         deeper = [(name, self._looked_up(held, names - {name})) for name, held in found]
         return self._module(value), deeper
 
@@ -264,13 +291,10 @@ class _Description:
         return "module", module.__name__
 
 
-def _is_foreign(value: object) -> bool:
-    """Whether it is a function that no library's version tells of: a user's, wherever it has been put."""
-    inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if not isinstance(inner, types.FunctionType):
-        return False
-    module = inner.__globals__.get("__name__")
-    return not isinstance(module, str) or not sources.is_library(module)
+def _environment(takes: bytecode.Needed) -> list[tuple[str, str | None]]:
+    """The variables that a function may read, with their values."""
+    reads = not takes.names.isdisjoint(("environ", "getenv", "environb"))
+    return [(name, os.environ.get(name)) for name in sorted(takes.texts)] if reads else []
 
 
 def _held(cell: Any) -> object:
@@ -282,6 +306,17 @@ def _held(cell: Any) -> object:
 
 def _values(hooks: Mapping[int, Any] | None) -> list[Any]:
     return list((hooks or {}).values())  # their numbers are the process's
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """What it carries, without what follows from the rest once somebody has asked for it."""
+    kind = type(value)
+    found: dict[str, Any] = getattr(value, "__dict__", {})
+    return {
+        name: held
+        for name, held in found.items()
+        if not isinstance(getattr(kind, name, None), functools.cached_property)
+    }
 
 
 def _slots(kind: type) -> list[str]:

@@ -5,6 +5,10 @@ scores change: what cannot be described for certain has none, and then nothing i
 process: on what was imported first, the seed of Python's hashes, the folder that code or images are in, or whether a
 class was typed in a notebook or in a script.
 
+Beyond it are names that code makes up when it runs (``getattr(module, text)``), what a module that a function imports
+when it is first called has been given since, the order of a plain dict, and random numbers: for these there is the
+canary.
+
 Images in files are told here by name, label and preprocessing. What is in the files is looked at while they are
 decoded, and the cache keeps it with the scores: :mod:`openood_sandi.runs.contents`.
 """
@@ -20,7 +24,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from openood_sandi.runs import settings
+from openood_sandi.runs import replaced, settings
 from openood_sandi.runs import sources as modules
 from openood_sandi.runs.contents import files_of, remembered
 from openood_sandi.runs.described import Indescribable, digest
@@ -59,7 +63,7 @@ def network(net: nn.Module) -> str:
     Raises:
         Indescribable: an attribute or a hook is of an unknown kind.
     """
-    return digest(net, settings.global_hooks())
+    return digest(net, settings.global_hooks(), replaced.functions())
 
 
 def images(dataset: Any) -> str:
@@ -74,7 +78,7 @@ def images(dataset: Any) -> str:
     Raises:
         Indescribable: it is of another kind, or its preprocessing is.
     """
-    return digest(_dataset(dataset))
+    return digest(_dataset(dataset), replaced.functions())
 
 
 def contents(dataset: Any, folder: str | os.PathLike[str], *others: object) -> str:
@@ -155,6 +159,6 @@ def _below(value: Any, folder: str) -> Any:
     if not isinstance(value, (str, os.PathLike)):
         return value
     text = os.fspath(value)
-    if text.startswith(folder):
-        return text[len(folder) :]
-    return "the folder" if len(text) == len(folder) - 1 and folder.startswith(text) else value
+    if not text.startswith(folder):
+        return "<folder>" if text == folder[:-1] else value
+    return "<folder>" + text[len(folder) :]  # what is in it is kept with its scores, and is not to be looked at here

@@ -24,6 +24,7 @@ from openood_sandi.runs.batches import is_fixed, order_of, share_of, some_of
 from openood_sandi.runs.cache import Entry, ScoreCache
 from openood_sandi.runs.canary import sing
 from openood_sandi.runs.contents import files_of
+from openood_sandi.runs.progress import shown
 from openood_sandi.runs.results import BatchScores, Results
 from openood_sandi.runs.unreadable import Batch, name_without_score, record
 
@@ -71,8 +72,8 @@ def score_dataset(
         unreadable: "stop" at an image that cannot be read, or "skip" it: it is then missing in the results, and named
             in the log and, with ``cache``, in a file beside the scores. For a plain ``DataLoader`` only.
         canary: whether to do so; it needs ``score`` even where nothing is left to be scored.
-        progress: show a progress bar, on rank 0 and with tqdm installed; a string is its title, and the data set's name
-            in messages.
+        progress: tell how far it is, on rank 0: a bar of tqdm's on a terminal, else a line every half minute; a string
+            is its title, and the data set's name in messages.
 
     Returns:
         Predicted classes (N,) int64, scores (N,) in their own dtype, labels (N,) int64, in the loader's order.
@@ -204,14 +205,17 @@ def _told(
 
 
 def _shown(batches: Any, progress: bool | str, title: str) -> Iterable[Any]:
-    """``batches`` with a progress bar on rank 0, where tqdm is installed."""
-    if progress is False or not ranks.is_main_process():
+    """``batches``, and how many images are done, or batches where it is not known how many images there are."""
+    if progress is False:
         return batches  # type: ignore[no-any-return]
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches  # type: ignore[no-any-return]
-    return tqdm(batches, desc=title or None)  # type: ignore[no-any-return]
+    sampler = getattr(batches, "batch_sampler", None)
+    if not isinstance(sampler, list):
+        return shown(batches, title)
+    return shown(batches, title, "images", sum(map(len, sampler)), _images_of)
+
+
+def _images_of(batch: Batch) -> int:
+    return len(batch.unreadable) + (0 if batch.data is None else len(batch.data[1]))
 
 
 # ---------------------------------------------------------------------- a batch

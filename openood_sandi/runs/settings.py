@@ -11,7 +11,8 @@ from torch.nn.modules import module as of_all_modules
 
 __all__ = ["arithmetic", "global_hooks"]
 
-_backends: Any = torch.backends
+_torch: Any = torch
+_backends = _torch.backends
 
 
 def _precision(of: Any) -> str:
@@ -67,8 +68,13 @@ def arithmetic(device: torch.device) -> dict[str, str]:
 
 
 def global_hooks() -> list[object]:
-    """The hooks that torch calls at every module of every network."""
-    return [hook for kind in _HOOKS for hook in getattr(of_all_modules, kind, {}).values()]
+    """What torch calls at every module of every network, and at every call: hooks, and modes that are entered."""
+    hooks = [hook for kind in _HOOKS for hook in getattr(of_all_modules, kind, {}).values()]
+    modes = [
+        *_torch.overrides._get_current_function_mode_stack(),
+        *_torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+    ]
+    return [*hooks, *(mode for mode in modes if type(mode).__name__ != "DeviceContext")]  # that is told above
 
 
 def _autocast(device: torch.device) -> dict[str, Callable[[], object]]:

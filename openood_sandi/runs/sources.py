@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
-__all__ = ["closure", "is_library", "package_files", "version"]
+__all__ = ["closure", "is_foreign", "is_library", "package_files", "version"]
 
 #: Libraries that every key tells by version, wherever they are installed, and the names they are installed under.
 ALWAYS = {"torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "PIL": "pillow"}
@@ -67,6 +69,16 @@ def is_library(module: str) -> bool:
     spec = _found(top)
     places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
     return any(_INSTALLED & {*Path(place).parts} for place in places) and version(top) is not None
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether it is a function, or a called object, that no library's version tells of, wherever it has been put."""
+    inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    inner = inner.func if isinstance(inner, functools.partial) else inner
+    if isinstance(inner, type) or not callable(inner):
+        return False
+    module = inner.__globals__.get("__name__") if isinstance(inner, FunctionType) else type(inner).__module__
+    return not isinstance(module, str) or not is_library(module)
 
 
 @functools.cache

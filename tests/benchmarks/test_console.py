@@ -9,8 +9,10 @@ for module in ("pandas", "sklearn", "tqdm"):
 
 import torch
 from comparison import console
-from comparison.console import Lines
 from comparison.evaluation import Counted
+
+from openood_sandi.runs import progress
+from openood_sandi.runs.progress import Lines
 
 
 class Clock:
@@ -55,7 +57,7 @@ def test_a_terminal_has_no_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_items_pass_unchanged_and_are_told_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     assert list(console.progress([1, 2, 3], "decoding", "batches")) == [1, 2, 3]
     assert "decoding: 3 of 3 batches, " in capsys.readouterr().err
 

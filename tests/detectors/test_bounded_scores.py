@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openood_sandi import SandI
-from tests.detectors.test_bounds import exact
-from tests.detectors.test_shortcut import Plain, images, made
+from tests.helpers.rectified_networks import Plain, exact, images, made
 
 
 def test_the_log_says_how_far_off_scores_can_be(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from openood_sandi import SandI
 from openood_sandi.detectors.sandi.bounds import Bounds
-from tests.detectors.test_shortcut import Made, OptionA, Plain, images, made
 from tests.helpers import cases, networks
 from tests.helpers.cases import Case
+from tests.helpers.rectified_networks import WAYS, Made, OptionA, Plain, exact, images, made, with_way
 
 OPTIONS = (
     {"steps": 1},
@@ -25,12 +25,6 @@ OPTIONS = (
     {"steps": 4, "step_size": 0.02, "combine": "intersection"},
 )
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-def exact(net: nn.Module, **options: object) -> SandI:
-    return SandI(net, variant="Z", rectifier_shortcut=False, **options)
-
-
 TAIL = ["n0", "n1", "tail"]
 
 
@@ -60,38 +54,6 @@ def test_tau_is_inside(options: dict[str, object], pool: bool, dtype: torch.dtyp
         assert torch.equal(bounds.low, bounds.high)
     else:
         assert bool((bounds.low < bounds.high).all())
-
-
-def with_way(kind: str, net: Made, x: Tensor) -> Tensor:
-    """A network whose splits are at some distance from their rectifiers."""
-    a = F.relu(net.n0(net.c0(x)))
-    if kind == "slope":  # a batch norm scales the step by five, up or down
-        return net.head(F.relu(net.n1(net.c1(a))).mean((2, 3)))
-    if kind == "residual":  # additions in float32 round the step
-        return net.head(F.relu(net.n1(net.c1(a)) + net.c2(a)).mean((2, 3)))
-    if kind == "in place":
-        b = net.n1(net.c1(a))
-        b += net.c2(a)
-        return net.head(F.relu(b, inplace=True).mean((2, 3)))
-    if kind == "into the residual":
-        beside = net.c2(a)
-        beside += net.n1(net.c1(a))
-        return net.head(F.relu_(beside).mean((2, 3)))
-    if kind == "twice":
-        beside, b = net.c2(a), net.n1(net.c1(a))
-        beside += b
-        beside += a
-        return net.head(beside.relu_().mean((2, 3)))
-    if kind == "with a tail":
-        return net.head(net.tail(F.relu(net.n1(net.c1(a)))).flatten(1))
-    if kind == "both clips":
-        return net.head(F.relu6(net.n1(net.c1(a))).mean((2, 3)))
-    if kind == "max-pool":
-        return net.head(F.max_pool2d(F.relu6(net.n1(net.c1(a)) + net.c2(a)), 3, 2, 1).mean((2, 3)))
-    raise AssertionError(kind)
-
-
-WAYS = ("slope", "residual", "in place", "into the residual", "twice", "both clips", "max-pool")
 
 
 @pytest.mark.parametrize("kind", WAYS)

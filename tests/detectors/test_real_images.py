@@ -107,7 +107,7 @@ def test_the_union_is_that_of_gradients_whether_dead_units_come_alive_or_not(net
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet18"])
-@pytest.mark.parametrize("name, combine", zip(real_images.SETS, ("count", "intersection"), strict=True))
+@pytest.mark.parametrize("name, combine", [*zip(real_images.SETS, ("count", "intersection"), strict=True)])
 def test_tau_is_between_its_bounds(network: str, name: str, combine: str) -> None:
     """Also where the lower one is an estimate, as it is in all of these: nothing dies within a step in them."""
     net = real_images.resnet18() if network == "resnet18" else NETWORKS[network][0]()

@@ -42,8 +42,11 @@ def exported(served: nn.Module) -> Any:
         return torch.export.export(served, (FEW,), strict=False, dynamic_shapes=({0: batch},))
 
 
-@pytest.mark.parametrize("make", [network, varied])
-@pytest.mark.parametrize("options", [{}, {"use_z": "always"}, {"base": "energy"}], ids=str)
+@pytest.mark.parametrize(
+    "make, options",
+    [(network, {}), (varied, {}), (varied, {"use_z": "always"}), (network, {"base": "energy"})],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_the_graph_scores_as_the_detector_does(make: Any, options: dict[str, Any]) -> None:
     detector = SandIC(make(), **options).fit([TRAINING], val=images(60, 2))
     served = ServedSandIC(detector, FEW)

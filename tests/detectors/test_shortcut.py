@@ -13,6 +13,7 @@ from openood_sandi import SandI
 from openood_sandi.detectors.sandi.rectifier import Rectifier
 from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.recorded import Call, Produced
+from tests.helpers.rectified_networks import Made, OptionA, Plain, images, made
 
 OPTIONS = (
     {"steps": 1},
@@ -22,31 +23,6 @@ OPTIONS = (
     {"steps": 4, "step_size": 0.05},
     {"ascent": "max_logit"},
 )
-
-
-class Plain(nn.Module):
-    """Two convolutions beside a shortcut and a linear head; wide enough for every image to be proved."""
-
-    def __init__(self, width: int = 48, classes: int = 4, pool: bool = False) -> None:
-        super().__init__()
-        self.c0, self.n0 = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.c1, self.n1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.head = nn.Linear(width, classes)
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.n0(self.c0(x)))
-        a = F.max_pool2d(a, 3, 2, 1) if self.pool else a
-        return self.head(F.relu(a + self.n1(self.c1(a))).mean((2, 3)))
-
-
-def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return build().to(dtype).eval()
-
-
-def images(count: int, size: int = 8, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def require_exact(net: nn.Module, batches: list[Tensor], least: float = 0.0, **options: object) -> None:
@@ -114,20 +90,6 @@ def test_an_image_size_at_which_windows_leave_a_row_out(options: dict[str, objec
             return self.head(b.mean((2, 3)))
 
     require_exact(made(Strided), [images(4, 8), images(4, 9), images(4, 8)], **options)
-
-
-class OptionA(Plain):
-    """The shortcut of CIFAR ResNets: every other position, and channels of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1 = nn.Conv2d(48, 96, 3, 2, 1)
-        self.n1, self.head = nn.BatchNorm2d(96), nn.Linear(96, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.n0(self.c0(x)))
-        beside = F.pad(a[:, :, ::2, ::2], (0, 0, 0, 0, 24, 24))
-        return self.head(F.relu(beside + self.n1(self.c1(a))).mean((2, 3)))
 
 
 class OddViews(Plain):
@@ -202,18 +164,6 @@ def test_winners_of_a_max_pool_are_where_its_gradient_is(ties: bool) -> None:
     call = Call(F.max_pool2d, (Produced(0), 3, 2, 1), {}, pooled, (0,))
     mask = Rectifier(0, (0.0, float("inf")), Windows.of_pool(call, rectified.shape)).mask(rectified.detach())
     assert torch.equal(mask != 0, gradient != 0)
-
-
-class Made(Plain):
-    """The layers of :class:`Plain`, put together by ``forward``."""
-
-    def __init__(self, together: Callable[[Made, Tensor], Tensor], width: int = 48) -> None:
-        super().__init__(width)
-        self.c2, self.aux = nn.Conv2d(width, width, 1), nn.Linear(width, 4)
-        self.together = together
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.together(self, x)
 
 
 def test_zero_weights_count_through_a_pool() -> None:

@@ -22,8 +22,7 @@ from openood_sandi.detectors.sandi.windows import Windows
 from openood_sandi.engine.attack import Attack
 from openood_sandi.engine.recorded import Call, Produced, Site
 from openood_sandi.engine.walk import Observer, Walk
-from tests.detectors.test_bounds import WAYS, with_way
-from tests.detectors.test_shortcut import Made, Plain, images, made
+from tests.helpers.rectified_networks import WAYS, Made, Plain, images, made, with_way
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 

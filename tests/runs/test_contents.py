@@ -9,6 +9,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from openood_sandi.runs import canary, contents, keys, unreadable
+from openood_sandi.runs import cache, canary, contents, keys, unreadable
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
 
@@ -233,7 +234,8 @@ def test_a_bomb_in_the_cache_is_not_unpacked(
     from tests.runs.test_cache import renamed
 
     bomb.rename(bomb.with_name(renamed(bomb.read_bytes(), stem)))
-    monkeypatch.setattr(np, "load", lambda *args, **options: pytest.fail("it was unpacked"))
+    refusing = {**vars(np), "load": lambda *args, **options: pytest.fail("it was unpacked")}
+    monkeypatch.setattr(cache, "np", SimpleNamespace(**refusing))  # NumPy's own, replaced, would be another key
     assert np.array_equal(run(folder, tmp_path / "cache"), right)
     assert "packed" in caplog.text
 

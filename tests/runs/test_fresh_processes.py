@@ -217,7 +217,8 @@ def test_the_fuzz_sees_a_stale_hit(world: World, tmp_path: Path, server: Server)
     package = copied(tmp_path / "broken")
     keys = package / "openood_sandi/runs/keys.py"
     text = keys.read_text()
-    assert "return digest(net, settings.global_hooks())" in text
-    keys.write_text(text.replace("return digest(net, settings.global_hooks())", "return digest(net.state_dict())"))
+    whole = "return digest(net, settings.global_hooks(), replaced.functions())"
+    assert whole in text
+    keys.write_text(text.replace(whole, "return digest(net.state_dict())"))
     with pytest.raises(AssertionError, match="stale"):
         fuzz(world, server, 12, package)

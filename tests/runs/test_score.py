@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from openood_sandi import SandI
+from openood_sandi.runs import progress
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
 from tests.helpers import loaders as runs
@@ -48,6 +49,15 @@ def test_what_cannot_be_scored_is_refused() -> None:
         run(Linear(), data=[{"image": torch.zeros(1, 3, 8, 8), "label": torch.zeros(1)}])
     with pytest.raises(ValueError, match=r"4 images with labels \(4,\) have predictions \(4,\) and scores \(4, 1\)"):
         run(lambda x: (x[:, 0, 0, 0], x[:, 0, 0, :1]))
+
+
+def test_a_log_has_lines_with_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run(Linear(), progress="svhn")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"svhn: {runs.IMAGES} of {runs.IMAGES} images, ") and last.endswith("0:00:00 left")
+    run(Linear(), progress=False)
+    assert not capsys.readouterr().err
 
 
 def test_a_cache_needs_a_key_and_an_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
