@@ -19,7 +19,7 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,9 +114,10 @@ class _Comparison:
             self._outcomes.append(outcomes)
             lines = Lines(len(chosen) * sum(map(len, (*suite.test_sets, *(suite.validation or ())[:1]))))
             self._order = [method.name for method in chosen]
-            for method in progress(
-                sorted(chosen, key=lambda each: not each.first), f"{suite.name}, seed {seed}", "methods"
-            ):
+            ordered: Iterable[Method] = sorted(chosen, key=lambda each: not each.first)
+            if sys.stderr.isatty():  # elsewhere lines tell of the images
+                ordered = progress(ordered, f"{suite.name}, seed {seed}", "methods")
+            for method in ordered:
                 with self._noted(method):
                     outcomes[method.name] = Outcome(method, evaluation.scores(method, lines))
 

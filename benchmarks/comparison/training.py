@@ -41,6 +41,13 @@ class Recipe:
     """None: AdamW in place of SGD."""
     weight_decay: float = 5e-4
 
+    @property
+    def in_words(self) -> str:
+        """How it is trained."""
+        optimiser = "AdamW" if self.momentum is None else f"SGD with momentum {self.momentum}"
+        rate = f"learning rate up to {self.learning_rate}, weight decay {self.weight_decay}"
+        return f"{self.epochs} epochs of {optimiser} in batches of {self.batch_size}, {rate}"
+
     def network(self, images: Tensor, labels: Tensor) -> nn.Module:
         """A network for such ``images`` (N, C, H, W) and ``labels`` (N,)."""
         channels, classes = images.shape[1], int(labels.max()) + 1

@@ -15,16 +15,16 @@ from tests.helpers import installation
 from tests.plugin.test_main import results
 
 KILLS = int(os.environ.get("OPENOOD_SANDI_KILLS", "50"))
-METHOD = "gsc"  # the quickest of this package's: a run is importing, reading and writing
+METHODS = ("gsc", "sandi")  # the quickest of this package's, and one that studies the first images that it sees
 A_ROUND = 5  # kills, after which a run is left to end
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the quicker way on a machine that does other things as well
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are killed here as POSIX does it")
 
 
-def arguments(mark: str, cache: Path) -> list[str]:
+def arguments(method: str, mark: str, cache: Path) -> list[str]:
     kept = ["--postprocessor.postprocessor_args.cache_dir", str(cache)]
-    return ["main.py", "--postprocessor", METHOD, *kept, "--mark", mark]
+    return ["main.py", "--postprocessor", method, *kept, "--mark", mark]
 
 
 def killed(command: list[str], checkout: Path, seconds: float) -> bool:
@@ -42,31 +42,32 @@ def killed(command: list[str], checkout: Path, seconds: float) -> bool:
     return False
 
 
-def kill_again_and_again(checkout: Path, folder: Path, kills: int) -> None:
+def kill_again_and_again(checkout: Path, folder: Path, method: str, kills: int) -> None:
     python, rng = installation.wheel_python(), random.Random(0)
     started = time.monotonic()
-    installation.run(python, *arguments("alone", folder / "cache"), cwd=checkout, **ONE_THREAD)
+    installation.run(python, *arguments(method, "alone", folder / "cache"), cwd=checkout, **ONE_THREAD)
     whole = time.monotonic() - started
-    expected = (results(checkout, METHOD, mark="alone") / "ood.csv").read_bytes()
+    expected = (results(checkout, method, mark="alone") / "ood.csv").read_bytes()
     for number in range(0, kills, A_ROUND):
         mark, cache, count = f"kills{number}", folder / f"cache{number}", 0
         while count < min(A_ROUND, kills - number):
             moment = rng.uniform(0.3, 1.0) * whole  # before, it imports
-            if killed([python, *arguments(mark, cache)], checkout, moment):
+            if killed([python, *arguments(method, mark, cache)], checkout, moment):
                 count += 1
             else:
                 whole = max(0.9 * moment, 1.0)
-        installation.run(python, *arguments(mark, cache), cwd=checkout, **ONE_THREAD)
-        assert (results(checkout, METHOD, mark=mark) / "ood.csv").read_bytes() == expected, (
+        installation.run(python, *arguments(method, mark, cache), cwd=checkout, **ONE_THREAD)
+        assert (results(checkout, method, mark=mark) / "ood.csv").read_bytes() == expected, (
             f"after {number + count} kills"
         )
 
 
 @pytest.mark.slow
 def test_a_few_kills(checkout: Path, tmp_path: Path) -> None:
-    kill_again_and_again(checkout, tmp_path, 2)
+    kill_again_and_again(checkout, tmp_path, METHODS[0], 2)
 
 
 @pytest.mark.long
-def test_fifty_kills(checkout: Path, tmp_path: Path) -> None:
-    kill_again_and_again(checkout, tmp_path, KILLS)
+@pytest.mark.parametrize("method", METHODS)
+def test_fifty_kills(method: str, checkout: Path, tmp_path: Path) -> None:
+    kill_again_and_again(checkout, tmp_path, method, KILLS)

@@ -67,8 +67,8 @@
     });
     const others = data.methods.filter((one) => one !== method);
     Plotly.react(place, [...others, method].map(curve), {
-      showlegend: false, hovermode: "closest", font, margin: { l: 45, r: 10, t: 10, b: 35 },
-      xaxis: { title: { text: "ID lost" }, range: [0, 1], tickformat: ".0%" },
+      showlegend: false, hovermode: "closest", font, margin: { l: 45, r: 20, t: 10, b: 35 },
+      xaxis: { title: { text: "ID lost" }, range: [0, 1], tickformat: ".0%", tickvals: [0, 0.5, 1] },
       yaxis: { title: { text: "OOD caught" }, range: [0, 1.005], tickformat: ".0%" },
     }, settings);
   }
