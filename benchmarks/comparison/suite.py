@@ -171,5 +171,5 @@ def digest(*parts: object) -> str:
 
 
 def state_digest(network: nn.Module) -> str:
-    """A digest of the names and values of a network's parameters and buffers."""
-    return digest(network.state_dict())
+    """A digest of the names and values of a network's parameters and buffers, in whatever order it has them."""
+    return digest(dict(sorted(network.state_dict().items())))

@@ -54,6 +54,7 @@ _FOLD = {
     }.items()
     for function in _functions(*names)
 }
+_INPUT_FIRST = _UNARY | _BROADCAST | _FOLD.keys()
 _BY_STRIDE = _functions("as_strided")
 _BATCH_NORM = _functions("batch_norm")
 _DROPOUT = _functions("dropout", "feature_dropout")
@@ -85,7 +86,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         ValueError: a result is not of the recorded form behind its lanes.
     """
-    if not args and "input" in kwargs:
+    if not args and "input" in kwargs and func in _INPUT_FIRST:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     args, kwargs, asks_for_layout = _without_memory_format(args, kwargs)
     func = _INSTEAD.get(func, func)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openood_sandi.engine.opaque import is_opaque, states
 from openood_sandi.engine.wrappers import is_wrapper
 
 __all__ = ["Contents", "Mirror", "version"]
@@ -43,6 +44,7 @@ class Contents:
         self.shareable: list[Any] = []
         self.bound = ""
         self.lazy: str | None = None
+        self._opaque: list[Any] = []
         self._views: list[Collection[Any]] = []
         self._kept: list[tuple[Any, Any]] = []
         self._modules = list(net.modules())
@@ -52,6 +54,7 @@ class Contents:
             if not self.bound and _holds_on(thing, own):
                 self.bound = f"{_described(thing)} of layer {owner!r}"
         self._things, self._places, self._kinds = self._now()
+        self._states = states(self._opaque)
 
     def _add(self, owner: str, thing: Any) -> None:
         if isinstance(thing, Tensor):
@@ -67,6 +70,8 @@ class Contents:
             self._kept.append(_kept(thing))
             if is_wrapper(thing):
                 self.wrappers.append(thing)
+        elif is_opaque(thing):
+            self._opaque.append(thing)
 
     def _now(self) -> tuple[list[Any], list[Any], list[type]]:
         """The objects in the containers, where the tensors lie, and what kinds the modules are."""
@@ -79,6 +84,10 @@ class Contents:
             things, places, kinds = self._now()
         same = len(things) == len(self._things) and all(map(is_, things, self._things))
         return same and places == self._places and kinds == self._kinds
+
+    def unchanged_inside(self) -> bool:
+        """Whether the objects that are copied as one piece are what they were, too."""
+        return self.unchanged() and states(self._opaque) == self._states
 
     def restore(self) -> None:
         """Puts back the objects that the containers held; what was written into tensors is not undone."""

@@ -125,8 +125,10 @@ class Overwritten:
         self._written: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def note(self, target: Tensor, result: Tensor) -> None:
-        """``target`` would now hold ``result``."""
-        self._written.setdefault(target.untyped_storage().data_ptr(), []).append((target, result))
+        """``target`` would now hold ``result``; if that is a view of the same memory, as of ``squeeze_``, it does."""
+        memory = target.untyped_storage().data_ptr()
+        if result.untyped_storage().data_ptr() != memory:
+            self._written.setdefault(memory, []).append((target, result))
 
     def require_unread(self, func: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         """Raises ReplayError if one of a call's ``tensors`` shows memory that was written to."""

@@ -96,5 +96,10 @@ class Snapshot:
 def _differ(first: list[Tensor], second: list[Tensor]) -> list[bool]:
     """For each tensor whether the other one holds something else; NaN is the same as NaN."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        pairs = zip(first, second, strict=True)
+        pairs = zip(map(_numbers, first), map(_numbers, second), strict=True)
         return [bool(flag) for flag in fetch(*(((a != b) & ((a == a) | (b == b))).any() for a, b in pairs))]
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """The elements of a tensor, of a sparse one those that it holds."""
+    return tensor if tensor.layout == torch.strided else tensor._values() if tensor.is_sparse else tensor.values()

@@ -123,7 +123,8 @@ class Tape(TorchFunctionMode):
         detached: dict[int, tuple[Tensor, Tensor]] = {}  # one object stays one object: in-place aliasing relies on it
 
         def detach(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
+            # results inside torch.func.vmap or grad are no tensors outside; a network of these has whole passes
+            if not tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 return tensor
             return detached.setdefault(id(tensor), (tensor, tensor.detach()))[1]
 
@@ -279,9 +280,8 @@ class Tape(TorchFunctionMode):
     def _look_at(self, *tensors: Any) -> None:
         """Takes note of a tensor that hidden code computed from a split. Leaves are parameters."""
         with torch._C.DisableTorchFunction():
-            for tensor in tensors:
-                if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in self._origin:
-                    self.saw_all = False
+            unknown = (t for t in tensors if isinstance(t, Tensor) and id(t) not in self._origin)
+            self.saw_all = self.saw_all and all(tensor.grad_fn is None for tensor in unknown)
 
     def _is_derived(self, operands: list[Tensor]) -> bool:
         """Whether a call depends on the input, or, in a pass that is watched, on what a tap put into it."""

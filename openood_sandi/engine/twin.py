@@ -143,7 +143,7 @@ class Twin:
 
     def _update(self) -> None:
         """Makes the twin anew if there is none, or the original is another than it was made from."""
-        if self._original is not None and self._original.unchanged():
+        if self._original is not None and self._original.unchanged_inside():
             return
         for _ in range(_ATTEMPTS):
             self._original = self._copied = self._fingerprint = None
@@ -170,7 +170,7 @@ class Twin:
     def _clean_up(self, copied: _Copied) -> None:
         """Undoes what the batch's passes left on the twin; tensors are refreshed before the next."""
         copied.state.restore(values=False)
-        if not copied.contents.unchanged():  # what cannot be put back
+        if not copied.contents.unchanged_inside():  # what cannot be put back
             self._original = self._copied = None
 
 

@@ -76,7 +76,29 @@ def assert_right(net: nn.Module, x: Tensor, tolerance: float = 1e-9, **options: 
     return detector
 
 
-@pytest.mark.parametrize("network", [Late, Small, Scripted])
+class _Faint(torch.autograd.Function):
+    """Cuts off what hardly weighs in a gradient, by the mean over other dimensions on several copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        sizes = grad.abs()
+        faint = sizes < 1e-9
+        return grad * ~(faint & (sizes < (sizes * faint).mean((1, 2, 3), keepdim=True)))
+
+
+class Faint(Block):
+    """Half of its channels have hardly any weight."""
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        scale = torch.tensor([1.0, 1e-12]).to(y).repeat(WIDTH // 2).view(-1, 1, 1)
+        return x + _Faint.apply(y) * scale * torch.linspace(0.1, 3, 8).to(y)
+
+
+@pytest.mark.parametrize("network", [Late, Small, Scripted, Faint])
 def test_at_every_split_point(network: Callable[[], nn.Module]) -> None:
     assert assert_right(*prepared(network))._network.is_plain
 
@@ -170,3 +192,21 @@ def test_one_image_alone_in_whole_passes() -> None:
     assert detector._network.is_plain
     for name, attribution in alone.items():
         torch.testing.assert_close(attribution, both[name][:1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda y: y + torch.func.grad(lambda t: t.pow(4).sum() / 4)(y),
+        lambda y: y * torch.func.vmap(torch.func.jacrev(torch.tanh))(y.mean((2, 3))).sum(2)[..., None, None],
+        lambda y: torch.func.vmap(lambda t: t.relu() * t.mean())(y),
+    ],
+)
+def test_transforms_of_functions(transformed: Callable[[Tensor], Tensor]) -> None:
+    """Results inside ``torch.func.vmap`` and ``grad`` are no tensors outside."""
+
+    class Transforms(Block):
+        def change(self, x: Tensor, y: Tensor) -> Tensor:
+            return transformed(y)
+
+    assert_right(*prepared(Transforms))

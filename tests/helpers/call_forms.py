@@ -54,6 +54,7 @@ OPERANDS: dict[str, Form] = {
     "clamp clean tensor": lambda x, y: y.clamp(max=torch.linspace(0, 1, 8).to(y)),
     "clamp_max keyword": lambda x, y: torch.clamp_max(input=y, max=0.5),
     "where keywords": lambda x, y: torch.where(x > 0, input=y, other=x),
+    "where all by keyword": lambda x, y: torch.where(condition=y > 0, input=y, other=x),
     "where method": lambda x, y: y.where(condition=x > 0.5, other=x * 2),
     "where scalar": lambda x, y: torch.where(y > 0, 0.25, other=x),
     "lerp": lambda x, y: torch.lerp(input=x, end=y, weight=0.3),
@@ -115,6 +116,7 @@ LAYOUTS: dict[str, Form] = {
 }
 
 WRITES: dict[str, Form] = {
+    "shape in place": lambda x, y: _written(y, lambda t: t.unsqueeze_(0).squeeze_(0)) + y,
     "scalar": _set(_masked, lambda x, y: -0.5),
     "integer scalar": _set(_masked, lambda x, y: 1),
     "tensor": _set(_masked, lambda x, y: x.mean()),

@@ -185,8 +185,10 @@ def _is_tail(graph: CallGraph, here: int) -> bool:
 
 
 def _require_all_behind(graph: CallGraph, place: int, span: range) -> None:
-    """Raises UnreadableError where some of what uses a split's tensor may have got it before, or beside, the split, or
-    where it leads nowhere."""
+    """Raises UnreadableError where some of what uses a split's tensor may have got it before, or beside, the split,
+    where it leads nowhere, or where winners of a max-pool alone have gradients."""
     users = graph.consumers[place]
     if place not in span or any(user < span.stop for user in users) or not (users or place == graph.output):
+        raise UnreadableError
+    if any(graph.calls[user].name == "max_pool2d" for user in users):
         raise UnreadableError
