@@ -212,7 +212,7 @@ def _chosen(
     for name in wanted:
         if name.casefold() not in called:
             near = difflib.get_close_matches(name.casefold(), called, 1)
-            hint = f"; did you mean {called[near[0]]}?" if near else ""
+            hint = f"; did you mean {called[near[0]]}?" if near else "."
             parser().error(f"--methods: no method {name!r}{hint} There are: default, all, {', '.join(known)}")
     asked = {called[name.casefold()] for name in wanted}
     groups = {"default": methods.DEFAULT, "all": known}
