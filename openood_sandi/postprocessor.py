@@ -18,12 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import openood.utils.comm as comm
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from openood_sandi.detectors.detector import Detector
 from openood_sandi.detectors.info import DetectorInfo
@@ -31,7 +29,7 @@ from openood_sandi.detectors.options import as_option, options_of
 from openood_sandi.plugin import checkpoints, registry
 from openood_sandi.plugin.settings import require_sound
 from openood_sandi.plugin.training_images import as_tested, in_eval_mode
-from openood_sandi.runs import keys, ranks
+from openood_sandi.runs import keys, progress, ranks
 from openood_sandi.runs.batches import images_and_labels
 from openood_sandi.runs.cache import ScoreCache
 from openood_sandi.runs.score import score_dataset
@@ -237,7 +235,7 @@ class FittedPostprocessor(DetectorPostprocessor):
             return
         val = id_loader_dict.get("val")
         train = as_tested(id_loader_dict["train"], val)
-        batches = tqdm(train, desc=f"fitting {self.info.name}", disable=not comm.is_main_process())
+        batches = progress.shown(train, f"fitting {self.info.name}")
         detector = super().detector(net)
         with in_eval_mode(net):
             if isinstance(detector, Detector):
