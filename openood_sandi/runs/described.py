@@ -264,7 +264,7 @@ class _Description:
             return "function", module, function.__qualname__, bound, extra
         takes = bytecode.needed(function.__code__)
         self.modules |= takes.imports
-        around = [named_files.told(text) for text in sorted(takes.texts)], _environment(takes)
+        around = [named_files.told(text) for text in sorted(takes.texts)], _environment(function, takes)
         return "function", bytecode.canonical(function.__code__), bound, extra, self._taken(function, takes), around
 
     def _taken(self, function: types.FunctionType, takes: bytecode.Needed) -> list[object]:
@@ -277,6 +277,8 @@ class _Description:
 
     def _looked_up(self, value: Any, names: frozenset[str]) -> object:
         """A global; of a module those values too that the function may look up in it."""
+        if value is os.environ:
+            return "environment"  # the variables that are read are told, see `_environment`
         if not isinstance(value, types.ModuleType):
             return self.of(value)
         library, inside = sources.is_library(value.__name__), vars(value)
@@ -291,10 +293,15 @@ class _Description:
         return "module", module.__name__
 
 
-def _environment(takes: bytecode.Needed) -> list[tuple[str, str | None]]:
-    """The variables that a function may read, with their values."""
+def _environment(function: types.FunctionType, takes: bytecode.Needed) -> list[tuple[str, str | None]]:
+    """The variables that a function may read, with their values: their names stand in it, or in what it looks up."""
+    held = [function.__globals__[name] for name in takes.globals & function.__globals__.keys()]
+    held += [*map(_held, function.__closure__ or ()), *(function.__defaults__ or ())]
     reads = not takes.names.isdisjoint(("environ", "getenv", "environb"))
-    return [(name, os.environ.get(name)) for name in sorted(takes.texts)] if reads else []
+    if not reads and not any(value is os.environ or value is os.getenv for value in held):
+        return []
+    texts = takes.texts | {value for value in held if type(value) is str}
+    return [(name, os.environ.get(name)) for name in sorted(texts)]
 
 
 def _held(cell: Any) -> object:

@@ -70,6 +70,20 @@ def _environment(place: Place) -> Changed:
     return Changed(lambda x: x * float(os.environ["LEANED_ON"]), lambda: place.patch.setenv("LEANED_ON", "2"))
 
 
+VARIABLE, surroundings = "LEANED_ON", os.environ
+
+
+def _environment_by_global_names(place: Place) -> Changed:
+    place.patch.setenv(VARIABLE, "1")
+    return Changed(lambda x: x * float(surroundings[VARIABLE]), lambda: place.patch.setenv(VARIABLE, "2"))
+
+
+def _environment_by_a_closure(place: Place) -> Changed:
+    place.patch.setenv("LEANED_ON", "1")
+    name = "LEANED_ON"
+    return Changed(lambda x: x * float(os.getenv(name, "0")), lambda: place.patch.setenv("LEANED_ON", "2"))
+
+
 def _file_of_an_attribute(place: Place) -> Changed:
     path = place.file()
     return Changed(functools.partial(np.load, str(path)), lambda: place.file(content=b"2"))
@@ -109,6 +123,8 @@ def _order_of_parameters(place: Place) -> Changed:
 
 CHANGES: dict[str, Callable[[Place], Changed]] = {
     "environment variable": _environment,
+    "environment variable named by a global": _environment_by_global_names,
+    "environment variable named by a closure": _environment_by_a_closure,
     "file that an attribute names": _file_of_an_attribute,
     "file that code names": _file_of_the_code,
     "names of an array's fields": _fields,
@@ -178,6 +194,15 @@ def test_what_an_object_has_worked_out_is_nothing_new() -> None:
     shift = Shift()
     before = keys.state({"transform": shift})
     assert shift.twice == 2.0 and keys.state({"transform": shift}) == before
+
+
+def test_another_variable_of_the_environment_is_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(x: float) -> float:
+        return x * float(surroundings.get(VARIABLE, "1"))
+
+    before = keys.state({"transform": scaled})
+    monkeypatch.setenv("LEANED_ON_BY_NOBODY", "1")
+    assert keys.state({"transform": scaled}) == before
 
 
 def test_a_file_elsewhere_is_the_same_file(place: Place) -> None:
