@@ -31,8 +31,6 @@ _FEW_SITES = 4
 _ATTACK = Attack(steps=2)
 #: Of the length of a gradient: more than rounding makes of it, in the precision of its dtype, and less than any fault.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
-
-
 #: The share of a gradient's positions where sums may cancel in one order and not in another.
 _COINCIDENCES = 1e-3
 
